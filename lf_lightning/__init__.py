@@ -1,0 +1,40 @@
+"""LLM post-training on PyTorch Lightning: the public names, each imported when it is first used."""
+
+from pkgutil import resolve_name
+from typing import Any
+
+__version__ = "0.1.0"
+
+PUBLIC = {
+    "AdamW": "lf_lightning.optim.optimizers",
+    "BackboneSpec": "lf_lightning.types",
+    "DataModule": "lf_lightning.data.datamodule",
+    "Freeze": "lf_lightning.models.adapters",
+    "Full": "lf_lightning.models.adapters",
+    "GenerationSpec": "lf_lightning.types",
+    "InputError": "lf_lightning.types",
+    "LoRA": "lf_lightning.models.adapters",
+    "PT": "lf_lightning.stages.pt",
+    "RunCheckpoint": "lf_lightning.callbacks.checkpoint",
+    "SFT": "lf_lightning.stages.sft",
+    "ScheduleSpec": "lf_lightning.optim.schedules",
+}
+"""Public name -> the module that defines it, loaded on first use: the names bring torch, the package must not."""
+
+__all__ = ["PUBLIC", "__version__", *PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    """The public class of this name, imported now.
+
+    Raises:
+        AttributeError: The package has no such name.
+    """
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'lf_lightning' has no attribute {name!r}")
+    return resolve_name(f"{PUBLIC[name]}:{name}")
+
+
+def __dir__() -> list[str]:
+    """Every public name, loaded or not."""
+    return sorted({*globals(), *PUBLIC})

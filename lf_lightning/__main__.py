@@ -1,0 +1,104 @@
+"""The front door: which command is meant, said before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pkgutil import resolve_name
+
+from lf_lightning import __version__
+
+COMMANDS = {
+    "fit": ("lf_lightning.cli:fit", "train a model"),
+    "validate": ("lf_lightning.cli:validate", "loss and metrics on the validation sets"),
+    "test": ("lf_lightning.cli:test", "loss and metrics on data.test_datasets, written to all_results.json"),
+    "predict": ("lf_lightning.cli:predict", "generate answers into generated_predictions.jsonl"),
+    "score": ("lf_lightning.commands.score:main", "exact-match score of a predictions file"),
+    "schema": ("lf_lightning.commands.schema:main", "JSON schema of the configuration, for editors"),
+}
+"""Name of a command -> (`module:function`, what it does). The function takes the arguments after the name."""
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The command and its arguments; those of the process where None.
+
+    Returns:
+        The exit code: 2 where the input was wrong (one line on stderr says what), 130 after Ctrl-C, else the command's.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if first in ("-V", "--version"):
+        print(f"lf-lightning {__version__}")
+        return 0
+    if first not in COMMANDS:
+        return report(complaint(first))
+    return run(COMMANDS[first][0], arguments[1:])
+
+
+def run(entry: str, arguments: list[str]) -> int:
+    """Import `module:function` and call it with the arguments; a mistake of the user becomes one line."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that a config may name classes of the user's own modules
+    try:
+        command: Callable[[list[str]], int | None] = resolve_name(entry)
+        return command(arguments) or 0
+    except KeyboardInterrupt:
+        print("lf-lightning: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except ValueError as error:
+        from lf_lightning.types import InputError  # here, because it brings torch, which the front must not
+
+        if not isinstance(error, InputError):
+            raise
+        return report(str(error))
+
+
+def report(message: str) -> int:
+    """Print a message as one line on stderr and return the exit code of bad input."""
+    print("lf-lightning: error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+    return BAD_INPUT
+
+
+def complaint(first: str) -> str:
+    """What is wrong with a first argument that is no command, and what to write instead."""
+    if not first:
+        return f"command: none given. Choose one of {', '.join(COMMANDS)}; `lf-lightning --help` explains them."
+    if first.startswith("-"):
+        return f"command: expected before the options, got {first!r}. Write for example `lf-lightning fit {first}`."
+    near = get_close_matches(first.lower(), COMMANDS, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(COMMANDS)}."
+    return f"command: there is no {first!r}. {hint}"
+
+
+def help_text() -> str:
+    """The help of the front: one line for each command."""
+    commands = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lf-lightning COMMAND [options]",
+            "",
+            "LLM post-training on PyTorch Lightning. A run is one YAML: lf-lightning fit --config run.yaml",
+            "",
+            "commands:",
+            *commands,
+            "",
+            "options:",
+            "  -h, --help      show this help; `lf-lightning COMMAND --help` shows the options of a command",
+            "  -V, --version   show the version",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Habits around a run: they look, save and report, and never change the numbers of training."""
+
+from lightning.pytorch import Callback
+
+from lf_lightning.callbacks.answers import AnswersTable
+from lf_lightning.callbacks.checkpoint import RunCheckpoint
+from lf_lightning.callbacks.folder import last_checkpoint
+from lf_lightning.callbacks.plots import PlotLoss
+from lf_lightning.callbacks.predictions import WritePredictions
+from lf_lightning.callbacks.processor import SaveProcessorCallback
+from lf_lightning.callbacks.progress import PlainProgress
+from lf_lightning.callbacks.run_folder import RunFolder
+from lf_lightning.callbacks.run_log import RunLog
+
+__all__ = [
+    "AnswersTable",
+    "PlainProgress",
+    "PlotLoss",
+    "RunCheckpoint",
+    "RunFolder",
+    "RunLog",
+    "SaveProcessorCallback",
+    "WritePredictions",
+    "default_callbacks",
+    "last_checkpoint",
+]
+
+
+def default_callbacks() -> list[Callback]:
+    """What every run has, with its defaults; the order matters: logs before plots, the model card last."""
+    return [SaveProcessorCallback(), RunFolder(), RunLog(), PlotLoss(), WritePredictions(), RunCheckpoint()]

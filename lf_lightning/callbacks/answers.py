@@ -1,0 +1,70 @@
+"""Held-out prompts answered before and after training, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from lf_lightning.callbacks.checkpoint import run_folder
+from lf_lightning.callbacks.predictions import gather_answers
+from lf_lightning.types import Answer
+
+
+class AnswersTable(Callback):
+    """Answer the validation prompts before and after training, and print a table and the share of exact matches.
+
+    Args:
+        num_rows: Rows of the table, > 0; the score counts all prompts.
+        next_command: Printed below the table: what to try next.
+    """
+
+    def __init__(self, num_rows: int = 8, next_command: str | None = None) -> None:
+        self.num_rows, self.next_command = num_rows, next_command
+        self._before: list[Answer] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Answer with the model as it was given."""
+        self._before = self._answers(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Answer again and print both."""
+        after = self._answers(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._print(trainer, after)
+
+    def _answers(self, trainer: Trainer, pl_module: LightningModule) -> list[Answer]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        loader = data.prompt_loader("val", batch_size=pl_module.generation.batch_size)
+        found: list[Answer] = []
+        for batch in loader:
+            found.extend(pl_module.answers(pl_module.transfer_batch_to_device(batch, pl_module.device, 0)))
+        return gather_answers(found)
+
+    @rank_zero_only
+    def _print(self, trainer: Trainer, after: Sequence[Answer]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console()
+        table = Table(title="held-out prompts, before and after training")
+        for name in ("prompt", "before", "after", "right answer"):
+            table.add_column(name, overflow="fold")
+        for old, new in list(zip(self._before, after, strict=True))[: self.num_rows]:
+            table.add_row(*(_shown(text) for text in (new.prompt, old.predict, new.predict, new.label)))
+        console.print(table)
+        for name, answers in (("before", self._before), ("after", after)):
+            hits = sum(answer.predict.strip() == answer.label.strip() for answer in answers)
+            console.print(f"exact match {name} training: {hits / len(answers):.3f} ({hits} of {len(answers)})")
+        console.print(f"the model is in {run_folder(trainer) / 'final'}", soft_wrap=True)
+        if self.next_command:
+            console.print(f"next, try: {self.next_command}", soft_wrap=True, markup=False)
+
+
+def _shown(text: str, limit: int = 60) -> str:
+    from rich.markup import escape
+
+    line = text.strip().replace("\n", "\\n")
+    return escape(line if len(line) <= limit else "…" + line[1 - limit :])

@@ -1,0 +1,159 @@
+"""Checkpoints that transformers and peft open as they stand, with the state to continue from beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, step_of, whole_folder
+from lf_lightning.types import InputError
+
+
+@runtime_checkable
+class SavesPretrained(Protocol):
+    """A callback or a module that adds files to every checkpoint and to the final folder, before they get their name."""
+
+    def on_save_pretrained(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
+        """Add files to the folder; called on every rank."""
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Save checkpoints/step-00000500/ while training, and final/ at the end.
+
+    Args:
+        every_n_steps: Optimizer steps between checkpoints, > 0; empty means only the final folder.
+        save_top_k: Checkpoints to keep beside the newest: -1 for all. With `monitor` the best ones, else the newest.
+        monitor: A logged value that says which checkpoints are best, for example val/loss.
+        mode: Whether the smallest or the largest value is best.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = 500,
+        save_top_k: int = -1,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+    ) -> None:
+        super().__init__(save_top_k=0)  # of ModelCheckpoint itself only the type is used: Lightning adds none beside it
+        if every_n_steps is not None and every_n_steps < 1:
+            raise InputError(f"checkpoint.every_n_steps: must be at least 1 or null, got {every_n_steps}. Raise it.")
+        if save_top_k < -1:
+            raise InputError(f"checkpoint.save_top_k: must be -1 (all), 0 or more, got {save_top_k}. Raise it.")
+        self.every_n_steps, self.keep, self.watched, self.best_is = every_n_steps, save_top_k, monitor, mode
+        self.values: dict[int, float] = {}
+        """Step of a checkpoint -> value of `monitor` there."""
+        self._step_of_final: int | None = None
+
+    # ------------------------------------------------------------------ when
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing to prepare: the run folder is the trainer's."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is saved before the first step."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where a checkpoint is due."""
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember how good the checkpoint of this step is."""
+        if self.watched is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.watched not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise InputError(f"checkpoint.monitor: must be one of {known}, got {self.watched}. Correct it.")
+        self.values[trainer.global_step] = float(trainer.callback_metrics[self.watched])
+        self._prune(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checkpoints count optimizer steps, not epochs."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Nothing is saved in the middle of a step."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the final folder."""
+        self._save_final(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the final folder where there was nothing left to train."""
+        if self._step_of_final != trainer.global_step:
+            self._save_final(trainer, pl_module)
+
+    # ------------------------------------------------------------------ what
+
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> Path:
+        """Write a checkpoint of this step: all of it or nothing."""
+        target = run_folder(trainer) / "checkpoints" / f"step-{trainer.global_step:08d}"
+        with whole_folder(target, writes=trainer.is_global_zero) as folder:
+            if trainer.is_global_zero:
+                (folder / "trainer_state").mkdir()
+            trainer.strategy.barrier()
+            _fill(trainer, pl_module, folder)
+            trainer.save_checkpoint(folder / "trainer_state" / "state.ckpt")
+            trainer.strategy.barrier()
+        trainer.strategy.barrier()
+        if self.watched is not None and self.watched in trainer.callback_metrics:
+            self.values.setdefault(trainer.global_step, float(trainer.callback_metrics[self.watched]))
+        self._prune(trainer)
+        return target
+
+    def _save_final(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        target = run_folder(trainer) / "final"
+        with whole_folder(target, writes=trainer.is_global_zero) as folder:
+            trainer.strategy.barrier()
+            _fill(trainer, pl_module, folder)
+            trainer.strategy.barrier()
+        self._step_of_final = trainer.global_step
+        rank_zero_info(f"saved {target}")
+
+    def _prune(self, trainer: Trainer) -> None:
+        """Remove checkpoints that are neither the newest nor among the best."""
+        if self.keep < 0 or not trainer.is_global_zero:
+            return
+        *older, _newest = complete_checkpoints(run_folder(trainer)) or [Path()]
+        worst = float("inf") if self.best_is == "min" else float("-inf")
+
+        def rank(folder: Path) -> tuple[float, int]:
+            step = step_of(folder) or 0
+            value = self.values.get(step, worst) if self.watched else 0.0
+            return (value if self.best_is == "min" else -value), -step
+
+        for folder in sorted(older, key=rank)[self.keep :]:
+            remove_checkpoint(folder)
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def state_key(self) -> str:
+        """One of these belongs to a run, whatever its options are."""
+        return type(self).__qualname__
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values by which checkpoints are ranked."""
+        return {"values": dict(self.values)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the values of checkpoints that this process did not write."""
+        self.values = dict(state_dict["values"])
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run."""
+    return Path(trainer.default_root_dir)
+
+
+def _fill(trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
+    """Write the weights, then what callbacks add to them."""
+    pl_module.save_pretrained(folder)  # type: ignore[operator]  # every stage has it
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a plain attribute of Trainer
+        if isinstance(callback, SavesPretrained):
+            callback.on_save_pretrained(trainer, pl_module, folder)

@@ -1,0 +1,121 @@
+"""A run is one folder: how it begins, how it goes on, and what configuration it had."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lf_lightning.callbacks.checkpoint import run_folder
+from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, step_of
+from lf_lightning.callbacks.recipe import recipe_of
+from lf_lightning.callbacks.run_log import CSV, JSONL, RESULTS, cut_logs
+from lf_lightning.types import InputError
+
+OF_A_RUN = ("config.yaml", JSONL, CSV, RESULTS, "final", "generated_predictions.jsonl")
+
+
+class RunFolder(Callback):
+    """Begin a run in an empty folder, or continue the one that is there.
+
+    Args:
+        overwrite: Start afresh although the folder holds complete checkpoints, which are removed.
+        config: Text of config.yaml; empty means what the trainer, the stage and the data say of themselves.
+    """
+
+    def __init__(self, *, overwrite: bool = False, config: str | None = None) -> None:
+        self.overwrite, self.config = overwrite, config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clear up, before anything is loaded.
+
+        Raises:
+            InputError: The folder holds checkpoints that a fresh start would mix with its own.
+        """
+        if stage != "fit":
+            return
+        folder = run_folder(trainer)
+        checkpoints = complete_checkpoints(folder)
+        if trainer.ckpt_path is None and checkpoints and not self.overwrite:  # type: ignore[attr-defined]
+            raise InputError(
+                f"{folder}: must be a new run folder, got one with {len(checkpoints)} complete checkpoints. "
+                "Continue with --ckpt_path last, or start afresh with --overwrite true."
+            )
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder)
+            ckpt_path = trainer.ckpt_path  # type: ignore[attr-defined]
+            if ckpt_path is None:
+                _move_previous(folder, checkpoints)
+            else:
+                _continue(folder, Path(ckpt_path))
+            text = self.config or recipe_of(trainer, pl_module)
+            (folder / "config.yaml").write_text(text)
+            self._text = text
+        trainer.strategy.barrier()
+
+    def on_save_pretrained(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
+        """Put a model card beside the weights of final/."""
+        if trainer.is_global_zero and not (folder / "trainer_state").exists():
+            (folder / "README.md").write_text(model_card(trainer, pl_module, self._text))
+
+
+def model_card(trainer: Trainer, pl_module: LightningModule, config: str) -> str:
+    """A model card in the hub's form: base model, data, last values, configuration."""
+    spec = pl_module.backbone_spec
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    names = [str(name) for name in data.names["train"]] if data is not None else []
+    metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if "/" in name}
+    head = ["---", "library_name: " + ("peft" if pl_module.backbone.is_adapter else "transformers")]
+    head += [f"base_model: {spec.path}"] if spec.path else []
+    head += ["tags: [lf-lightning, text-generation]", "---", ""]
+    body = [f"# {run_folder(trainer).name}", "", f"Trained by lf_lightning's {type(pl_module).__name__} stage.", ""]
+    body += [f"- base model: {spec.path or 'none, built from an architecture'}", f"- data: {', '.join(names)}"]
+    body += [f"- optimizer steps: {trainer.global_step}", ""]
+    table = ["| value | at the end |", "|---|---|"] + [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
+    return "\n".join([*head, *body, *table, "", "## Configuration", "", "```yaml", config.rstrip(), "```", ""])
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a kill has left unfinished."""
+    for path in (*folder.glob(".*.tmp"), *folder.glob(".*.old"), *(folder / "checkpoints").glob(".*")):
+        _remove(path)
+    for path in (folder / "checkpoints").glob("step-*"):
+        if step_of(path) is not None and path not in complete_checkpoints(folder):
+            remove_checkpoint(path)
+
+
+def _move_previous(folder: Path, checkpoints: list[Path]) -> None:
+    """Move the files of an older run aside."""
+    for checkpoint in checkpoints:
+        remove_checkpoint(checkpoint)
+    found = [folder / name for name in OF_A_RUN if (folder / name).exists()]
+    found += [*folder.glob("config.*.yaml"), *folder.glob("training_*.png")]
+    if not found:
+        return
+    number = 1 + max((int(path.name.split("-")[1]) for path in folder.glob("previous-[0-9]*")), default=0)
+    previous = folder / f"previous-{number}"
+    previous.mkdir()
+    for path in found:
+        path.rename(previous / path.name)
+    rank_zero_info(f"moved the files of an older run to {previous}")
+
+
+def _continue(folder: Path, ckpt_path: Path) -> None:
+    """Take the logs back to the checkpoint's step, and keep the configuration that led to it."""
+    step = step_of(ckpt_path.parent.parent) or int(torch.load(ckpt_path, weights_only=True)["global_step"])
+    cut_logs(folder, step)
+    if (folder / "config.yaml").is_file():
+        (folder / "config.yaml").rename(folder / f"config.{step}.yaml")
+    rank_zero_info(f"continuing at step {step} from {ckpt_path.parent.parent}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -1,0 +1,166 @@
+"""The log of a run: trainer_log.jsonl with LlamaFactory's field names, metrics.csv, all_results.json."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lf_lightning.callbacks.checkpoint import run_folder
+
+JSONL, CSV, RESULTS = "trainer_log.jsonl", "metrics.csv", "all_results.json"
+
+
+class RunLog(Callback):
+    """Write one line per logging step and per validation, and the last values at the end."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._step_at_start = 0
+        self._last_logged = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start, self._step_at_start = time.time(), trainer.global_step
+        self._last_logged = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the step where the stage has logged it."""
+        step = trainer.global_step
+        due = step % trainer.log_every_n_steps == 0 or step == trainer.estimated_stepping_batches  # type: ignore[attr-defined]
+        if due and step != self._last_logged and trainer.is_global_zero:
+            self._last_logged = step
+            values = _values(trainer, "train/")
+            row = {
+                **self._progress(trainer),
+                "loss": values.pop("loss"),
+                "lr": values.pop("learning_rate"),
+                "throughput": round(float(trainer.callback_metrics["tokens/s"]), 2),
+                "total_tokens": pl_module.total_tokens,
+                **values,
+            }
+            self._write(trainer, row, {f"train/{name}": value for name, value in _values(trainer, "train/").items()})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the values of the set."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        values = _values(trainer, "val/")
+        if trainer.state.fn == "fit":
+            row = {**self._progress(trainer), **{f"eval_{name}": value for name, value in values.items()}}
+            self._write(trainer, row, {f"val/{name}": value for name, value in values.items()})
+        else:
+            write_results(trainer, {f"eval_{name}": value for name, value in values.items()})
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the values of the test set to all_results.json."""
+        if trainer.is_global_zero:
+            write_results(trainer, {f"test_{name}": value for name, value in _values(trainer, "test/").items()})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last values of the run to all_results.json."""
+        if trainer.is_global_zero:
+            results = {f"train_{name}": value for name, value in _values(trainer, "train/").items()}
+            results |= {f"eval_{name}": value for name, value in _values(trainer, "val/").items()}
+            write_results(trainer, {**results, "steps": trainer.global_step, "total_tokens": pl_module.total_tokens})
+
+    def _progress(self, trainer: Trainer) -> dict[str, Any]:
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        elapsed = time.time() - self._start
+        done_here = max(step - self._step_at_start, 1)
+        return {
+            "current_steps": step,
+            "total_steps": total,
+            "epoch": round(step / max(trainer.num_training_batches, 1), 4),
+            "percentage": round(100 * step / total, 2) if total else 100.0,
+            "elapsed_time": str(timedelta(seconds=int(elapsed))),
+            "remaining_time": str(timedelta(seconds=int(elapsed / done_here * (total - step)))),
+        }
+
+    def _write(self, trainer: Trainer, row: dict[str, Any], metrics: dict[str, float]) -> None:
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / JSONL).open("a") as handle:
+            handle.write(json.dumps(row) + "\n")
+        _append_csv(folder / CSV, {"step": row["current_steps"], "epoch": row["epoch"], **metrics})
+
+
+def _values(trainer: Trainer, prefix: str) -> dict[str, float]:
+    """The logged values whose name begins so, without that beginning."""
+    return {
+        name.removeprefix(prefix): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(prefix)
+    }
+
+
+def _append_csv(path: Path, row: dict[str, Any]) -> None:
+    """Append a row; a column that is new makes the file be written again with it."""
+    old: list[dict[str, Any]] = []
+    columns: list[str] = []
+    if path.is_file():
+        with path.open(newline="") as handle:
+            columns = next(csv.reader(handle), [])
+    new = [name for name in row if name not in columns]
+    if new:
+        if columns:
+            with path.open(newline="") as handle:
+                old = list(csv.DictReader(handle))
+        columns = columns + new
+    hidden = path.with_name(f".{path.name}.tmp") if new else path
+    with hidden.open("w" if new else "a", newline="") as handle:
+        writer = csv.DictWriter(handle, columns, restval="")
+        if new:
+            writer.writeheader()
+            writer.writerows(old)
+        writer.writerow(row)
+    if new:
+        hidden.replace(path)
+
+
+def cut_logs(folder: Path, step: int) -> None:
+    """Take back what was logged after a step, and a line that a kill has torn."""
+    path = folder / JSONL
+    if path.is_file():
+        rows = [row for line in path.read_text().splitlines() if (row := _parsed(line)) is not None]
+        kept = [row for row in rows if row.get("current_steps", 0) <= step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    path = folder / CSV
+    if path.is_file():
+        with path.open(newline="") as handle:
+            reader = csv.DictReader(handle)
+            columns, table = list(reader.fieldnames or []), list(reader)
+        with path.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in table if row["step"].isdigit() and int(row["step"]) <= step)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:  # a line that a kill has torn
+        return None
+    return row
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's trainer_log.jsonl."""
+    path = folder / JSONL
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [row for line in lines if (row := _parsed(line)) is not None]
+
+
+def write_results(trainer: Trainer, values: dict[str, Any]) -> None:
+    """Merge values into all_results.json."""
+    path = run_folder(trainer) / RESULTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**known, **values}, indent=1) + "\n")

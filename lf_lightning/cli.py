@@ -1,0 +1,242 @@
+"""The gate: LightningCLI with our schema. Each verb parses, builds trainer, stage and data, and runs one Trainer method."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lf_lightning.callbacks import AnswersTable, PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
+from lf_lightning.callbacks.folder import complete_checkpoints
+from lf_lightning.data.datamodule import DataModule
+from lf_lightning.models import Tuning
+from lf_lightning.optim import OptimizerSpec
+from lf_lightning.stages import PT, SFT, Stage
+from lf_lightning.types import InputError
+
+STAGES = {stage.__name__: stage.task for stage in (PT, SFT)}
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_model_summary": False,
+    "default_root_dir": "runs/latest",
+}
+
+
+class GateParser(LightningArgumentParser):
+    """A parser whose errors are one line, and which completes no half-written options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("exit_on_error", True)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Refuse the configuration.
+
+        Raises:
+            InputError: Always, with the message in one line.
+        """
+        raise InputError(one_line(message, known_keys(self)))
+
+
+class Gate(LightningCLI):
+    """Parse a configuration and build trainer, stage and data from it; running them is the verbs' part."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the checkpoint options and the two links: the stage's backbone and its task are the data's too."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=CKPT_PATH_HELP)
+        parser.add_argument("--overwrite", type=bool, default=False, help=OVERWRITE_HELP)
+        parser.link_arguments("model.init_args.backbone", "data.backbone")
+        parser.link_arguments("model.class_path", "data.task", compute_fn=task_of)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what Lightning would accept and the step contract cannot keep."""
+        check_trainer(self.config)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; an integer val_check_interval counts optimizer steps across epochs."""
+        trainer = self.config.trainer
+        if isinstance(trainer.val_check_interval, int):
+            kwargs["check_val_every_n_epoch"] = None
+        if not sys.stderr.isatty():
+            kwargs["enable_progress_bar"] = False
+        return super().instantiate_trainer(**kwargs)
+
+
+CKPT_PATH_HELP = (
+    "Continue from a checkpoint: `last` for the newest complete one of the run folder, or the folder of one. "
+    "`validate`, `test` and `predict` take its weights, or those of a final/ folder."
+)
+OVERWRITE_HELP = "Start afresh in a run folder that holds complete checkpoints; they are removed."
+
+
+def task_of(class_path: str) -> str:
+    """The data's task of a stage's class path, short or full."""
+    return STAGES.get(class_path.rsplit(".", 1)[-1], "sft")
+
+
+def fit(argv: list[str]) -> int:
+    """Train a model."""
+    cli = build(argv, "fit")
+    folder = Path(cli.trainer.default_root_dir)
+    asked = cli.config.ckpt_path
+    ckpt_path = last_checkpoint(folder) if asked == "last" else _state_file(asked)
+    if asked == "last" and ckpt_path is None:
+        print(f"lf-lightning: no complete checkpoint in {folder}: starting afresh", file=sys.stderr)
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    return 0
+
+
+def validate(argv: list[str]) -> int:
+    """Measure the loss on the validation rows."""
+    cli = build(argv, "validate")
+    cli.model.weights_folder = _weights_folder(cli)
+    cli.trainer.validate(cli.model, cli.datamodule)
+    return 0
+
+
+def test(argv: list[str]) -> int:
+    """Measure the loss on data.test_datasets."""
+    cli = build(argv, "test")
+    cli.model.weights_folder = _weights_folder(cli)
+    cli.trainer.test(cli.model, cli.datamodule)
+    return 0
+
+
+def predict(argv: list[str]) -> int:
+    """Generate an answer to each prompt of data.predict_datasets."""
+    cli = build(argv, "predict")
+    cli.model.weights_folder = _weights_folder(cli)
+    cli.datamodule.predict_batch_size = cli.model.generation.batch_size
+    cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
+    return 0
+
+
+def build(argv: list[str], verb: str) -> Gate:
+    """Parse the arguments of a verb and build trainer, stage and data.
+
+    Raises:
+        InputError: The configuration is wrong; one line says what.
+    """
+    quiet_libraries()
+    set_parsing_settings(subclasses_enabled=[Tuning, OptimizerSpec])
+    return make_gate(argv, verb)
+
+
+def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
+    """The gate of a verb."""
+    callbacks: list[Callback] = [] if sys.stderr.isatty() else [PlainProgress()]
+    gate = Gate(
+        Stage,
+        DataModule,
+        subclass_mode_model=True,
+        parser_class=GateParser,
+        parser_kwargs={"prog": f"lf-lightning {verb}"},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        save_config_callback=None,
+        seed_everything_default=42,
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": callbacks},
+        args=argv,
+        run=False,
+        **options,
+    )
+    text = gate.parser.dump(gate.config, skip_none=False)
+    gate.trainer.callbacks.insert(0, RunFolder(overwrite=gate.config.overwrite, config=text))
+    return gate
+
+
+def check_trainer(config: Namespace) -> None:
+    """Refuse trainer options that belong to another owner.
+
+    Raises:
+        InputError: Names the option to use instead.
+    """
+    trainer = config.trainer
+    if trainer.accumulate_grad_batches != 1:
+        raise InputError(
+            f"trainer.accumulate_grad_batches: must be 1, got {trainer.accumulate_grad_batches}. "
+            "Set data.global_batch_size and data.micro_batch_size: accumulation follows from them."
+        )
+    if trainer.gradient_clip_val is not None:
+        raise InputError(
+            f"trainer.gradient_clip_val: must be null, got {trainer.gradient_clip_val}. "
+            "Set model.init_args.max_grad_norm."
+        )
+    if trainer.precision in ("bf16-true", "16-true", "bf16", "16", 16):
+        raise InputError(
+            f"trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. "
+            "Set model.init_args.backbone.dtype for the type of the weights."
+        )
+    fused = config.model.init_args.optimizer.get("init_args", {}).get("fused")
+    if trainer.precision == "16-mixed" and fused:
+        raise InputError(
+            "model.init_args.optimizer.init_args.fused: must be false with trainer.precision: 16-mixed, got true. "
+            "Change one of them."
+        )
+
+
+def known_keys(parser: LightningArgumentParser) -> list[str]:
+    """Every option of a parser, with dots."""
+    return [action.dest for action in parser._actions]
+
+
+def one_line(message: str, known: list[str]) -> str:
+    """The innermost complaint of a parser's message, in one line, with the nearest right name."""
+    return message
+
+
+def quiet_libraries() -> None:
+    """Bars and hints of the libraries below us would bury our lines."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="lightning")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _state_file(asked: str | None) -> Path | None:
+    """The file that Lightning continues from, of a checkpoint folder."""
+    if asked is None:
+        return None
+    folder = Path(asked)
+    path = folder / "trainer_state" / "state.ckpt"
+    if not (folder / "manifest.json").is_file() or not path.is_file():
+        raise InputError(
+            f"--ckpt_path: must be last or a complete checkpoint folder, got {asked}. "
+            "Give one that holds manifest.json and trainer_state/state.ckpt."
+        )
+    return path
+
+
+def _weights_folder(cli: Gate) -> Path | None:
+    """The folder whose weights `validate`, `test` and `predict` use."""
+    asked = cli.config.ckpt_path
+    if asked is None:
+        return None
+    if asked == "last":
+        found = complete_checkpoints(Path(cli.trainer.default_root_dir))
+        if not found:
+            raise InputError(
+                f"--ckpt_path: last needs a complete checkpoint in {cli.trainer.default_root_dir}, got none. "
+                "Give a folder, or leave it out."
+            )
+        return found[-1]
+    if not Path(asked).is_dir():
+        raise InputError(f"--ckpt_path: must be last or a folder, got {asked}. Correct the path.")
+    return Path(asked)

@@ -1,0 +1,405 @@
+"""The one DataModule: from named datasets to optimizer steps, the same for every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+
+from lf_lightning.data.collate import prompt_batch, token_batch
+from lf_lightning.data.encode import EncodeOptions
+from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan
+from lf_lightning.data.loader import EvalLoader, StepLoader
+from lf_lightning.data.order import epoch_order, split_rows
+from lf_lightning.data.packing import block_units, knapsack_units, sequence_units
+from lf_lightning.data.prompts import Prompt, prompt_rows
+from lf_lightning.data.sources import resolve_sources
+from lf_lightning.data.store import TokenStore, build_store
+from lf_lightning.data.templates import Template, load_template, stop_token_ids
+from lf_lightning.data.tokenizer import fit_tokenizer, load_tokenizer
+from lf_lightning.lightning_private import global_seed
+from lf_lightning.types import BackboneSpec, InputError, Layout, PromptBatch, Source, StepBatch, Task, Unit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "val", "test", "predict"]
+
+DEFAULT_MICRO_BATCH_TOKENS = 8192
+
+
+class DataModule(LightningDataModule):
+    """Datasets, template, batches and their order.
+
+    Args:
+        backbone: Whose tokenizer encodes. On the command line this is the stage's own backbone.
+        task: How rows are encoded. On the command line the stage decides.
+        datasets: What trains: names in dataset_info.json, or inline sources such as {path: my.json}.
+        eval_datasets: What validates, instead of a share of the training rows.
+        test_datasets: What `test` measures.
+        predict_datasets: What `predict` answers; empty means the validation rows.
+        dataset_dir: Folder of dataset_info.json and of the files it names.
+        template: `auto` for the tokenizer's own chat template, or the name of one: default, empty, chatml, qwen,
+            llama3, alpaca.
+        max_length: Most tokens of a sequence or of a pack, > 1; longer rows are cut.
+        max_samples: Use only the first rows of each dataset; empty means all.
+        val_size: Rows of the training data that validate instead: a count (>= 1) or a share (below 1); 0 means none.
+        global_batch_size: Units per optimizer step over all devices: the batch size of the mathematics.
+        micro_batch_size: Units that one device computes at once. Excludes micro_batch_tokens.
+        micro_batch_tokens: Tokens that one device computes at once, padding included. Empty, with micro_batch_size
+            empty too, means 8192.
+        eval_micro_batch_size: The same for validation; empty means as in training.
+        eval_micro_batch_tokens: The same for validation; empty means as in training.
+        layout: `padding_free` puts the units of a micro-batch into one row, `padded` into rows of the same length.
+            `auto` takes padding_free where the model passes a probe before the first step.
+        packing: What makes a unit. `none`: each sequence. `blocks`: documents end to end, cut every max_length tokens.
+            `knapsack`: whole documents packed up to max_length tokens.
+        isolate_documents: Whether documents of a pack are hidden from each other; empty means yes for knapsack, no for
+            blocks.
+        shuffle: Visit the rows in a new order each epoch; false keeps the order of the files.
+        seed: Seed of order and split; empty means the value of seed_everything.
+        mask_history: Learn only the last answer of a conversation.
+        train_on_prompt: Learn the prompt too.
+        history: What a conversation becomes where the template rewrites earlier turns: `per_turn` one sequence for
+            each answer as it was at its turn, `whole` one sequence of which only the last answer is learned.
+        invalid_rows: A row that cannot be used: `stop` with its name, or `skip` it and count it.
+        cache_dir: Where encoded data is kept; empty means ~/.cache/lf_lightning.
+        num_workers: Processes that encode; empty means this one.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneSpec | None = None,
+        task: Task = "sft",
+        *,
+        datasets: Sequence[str | dict[str, Any]] = (),
+        eval_datasets: Sequence[str | dict[str, Any]] = (),
+        test_datasets: Sequence[str | dict[str, Any]] = (),
+        predict_datasets: Sequence[str | dict[str, Any]] = (),
+        dataset_dir: str = "data",
+        template: str = "auto",
+        max_length: int = 2048,
+        max_samples: int | None = None,
+        val_size: float = 0.0,
+        global_batch_size: int = 8,
+        micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
+        eval_micro_batch_size: int | None = None,
+        eval_micro_batch_tokens: int | None = None,
+        layout: Literal["auto", "padded", "padding_free"] = "auto",
+        packing: Literal["none", "blocks", "knapsack"] = "none",
+        isolate_documents: bool | None = None,
+        shuffle: bool = True,
+        seed: int | None = None,
+        mask_history: bool = False,
+        train_on_prompt: bool = False,
+        history: Literal["per_turn", "whole"] = "per_turn",
+        invalid_rows: Literal["stop", "skip"] = "stop",
+        cache_dir: str | None = None,
+        num_workers: int | None = None,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "backbone", "task")}
+        super().__init__()
+        self.arguments = arguments
+        """The options as they were given, without the two that the stage decides."""
+        if backbone is None:
+            raise InputError("data.backbone: must be the stage's backbone, got none. Pass DataModule(backbone, ...).")
+        _check_ranges(max_length=max_length, global_batch_size=global_batch_size, max_samples=max_samples)
+        if val_size < 0 or (val_size and eval_datasets):
+            got = f"{val_size} beside eval_datasets" if eval_datasets else val_size
+            raise InputError(f"data.val_size: must be 0 or more, and 0 beside eval_datasets, got {got}. Remove one.")
+        if isolate_documents is not None and packing == "none":
+            raise InputError(
+                f"data.isolate_documents: asks about packs, got {isolate_documents} with packing: none. "
+                "Remove it, or set data.packing."
+            )
+        if mask_history and train_on_prompt:
+            raise InputError("data.mask_history: excludes data.train_on_prompt, got both. Remove one.")
+        self.backbone = backbone
+        self.task: Task = task
+        self.names: dict[Split, Sequence[str | dict[str, Any]]] = {
+            "train": datasets,
+            "val": eval_datasets,
+            "test": test_datasets,
+            "predict": predict_datasets,
+        }
+        self.dataset_dir, self.template_name = dataset_dir, template
+        self.max_length, self.max_samples, self.val_size = max_length, max_samples, val_size
+        self.global_batch_size = global_batch_size
+        self.rule = _micro_batch_rule("", micro_batch_size, micro_batch_tokens) or MicroBatchRule(
+            None, DEFAULT_MICRO_BATCH_TOKENS
+        )
+        self.eval_rule = _micro_batch_rule("eval_", eval_micro_batch_size, eval_micro_batch_tokens) or self.rule
+        self.requested_layout, self.packing = layout, packing
+        self.isolate_documents = packing == "knapsack" if isolate_documents is None else isolate_documents
+        self.shuffle = shuffle
+        self.seed = global_seed() if seed is None else seed
+        self.options = EncodeOptions(
+            task=task,
+            max_length=max_length,
+            packing=packing,
+            train_on_prompt=train_on_prompt,
+            mask_history=mask_history,
+            history=history,
+        )
+        self.invalid_rows: Literal["stop", "skip"] = invalid_rows
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
+        self.num_workers = num_workers
+        self._layout: Layout | None = None if layout == "auto" else layout
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._template: Template | None = None
+        self._stores: dict[Split, TokenStore] = {}
+        self._documents: dict[Split, NDArray[np.int64]] = {}
+        self._epoch_lengths: NDArray[np.int64] | None = None
+
+    # ------------------------------------------------------------------ what stages and callbacks ask
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the template that the data is rendered with."""
+        if self._tokenizer is None:
+            tokenizer = load_tokenizer(self.backbone)
+            self._template = load_template(self.template_name, tokenizer, self.task)
+            fit_tokenizer(tokenizer, self._template)
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    @property
+    def template(self) -> Template:
+        """The chat template."""
+        assert self.tokenizer is not None and self._template is not None
+        return self._template
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        return stop_token_ids(self.template, self.tokenizer)
+
+    @property
+    def layout(self) -> Layout:
+        """How micro-batches lie in memory: as asked for, or as the stage's probe decided."""
+        return self._layout or "padded"
+
+    def resolve_layout(self, *, padding_free: bool) -> Layout:
+        """Take the verdict of the stage's probe on whether the model keeps documents of a row apart.
+
+        Raises:
+            InputError: The configuration needs what the model cannot do.
+        """
+        if self.requested_layout == "padding_free" and not padding_free:
+            raise InputError(
+                "data.layout: padding_free needs a model whose documents do not see each other, "
+                "got one that failed the probe. Set data.layout: padded."
+            )
+        if self.packing != "none" and self.isolate_documents and not padding_free:
+            raise InputError(
+                "data.isolate_documents: needs a model whose documents do not see each other, "
+                "got one that failed the probe. Set it to false, or data.packing: none."
+            )
+        if self.requested_layout == "auto":
+            self._layout = "padding_free" if padding_free else "padded"
+        return self.layout
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Encode what is not in the cache yet, on one process of each node."""
+        for split in ("train", "val", "test"):
+            if self.names[split]:
+                self._build(split)
+
+    def setup(self, stage: str) -> None:
+        """Open the encoded data, report what was kept, cut and dropped, and choose the validation rows."""
+        wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("train", "val"), "test": ("test",)}
+        for split in wanted.get(stage, ()):
+            if split in self._stores or not self.names[split]:
+                continue
+            self._stores[split] = store = self._build(split)
+            self._documents[split] = np.arange(len(store))
+            for summary in store.summaries:
+                rank_zero_info(summary.line())
+        if "train" in self._stores and self.val_size:
+            self._split()
+        if stage == "fit" and not self.names["train"]:
+            raise InputError("data.datasets: must name what to train on, got none. Give at least one dataset.")
+
+    def train_dataloader(self) -> StepLoader:
+        """The optimizer steps of this rank."""
+        return StepLoader(
+            units_of_epoch=partial(self.units, "train"),
+            num_units=len(self.units("train", 0)),
+            global_batch_size=self.global_batch_size,
+            arrange=self._arrange,
+        )
+
+    def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
+        """The validation set in micro-batches; nothing where there is none."""
+        return EvalLoader(partial(self._eval_batches, "val")) if "val" in self._stores else []
+
+    def test_dataloader(self) -> EvalLoader:
+        """The test set in micro-batches.
+
+        Raises:
+            InputError: There is none.
+        """
+        if "test" not in self._stores:
+            raise InputError("data.test_datasets: must name what to test on, got none. Give at least one dataset.")
+        return EvalLoader(partial(self._eval_batches, "test"))
+
+    def predict_dataloader(self) -> EvalLoader:
+        """The prompts to answer, in batches of this rank."""
+        return self.prompt_loader("predict", batch_size=self.predict_batch_size)
+
+    predict_batch_size = 8
+    """Prompts of a batch; the stage sets it from its generation spec."""
+
+    # ------------------------------------------------------------------ doors for notebooks and callbacks
+
+    def units(self, split: Split, epoch: int = 0) -> list[Unit]:
+        """The units of an epoch in their order: a function of (data, seed, epoch) alone."""
+        store, documents = self._stores[split], self._documents[split]
+        lengths = store.lengths[documents]
+        shuffle = self.shuffle and split == "train"
+        order = epoch_order(len(documents), seed=self.seed, epoch=epoch, shuffle=shuffle)
+        if self.packing == "none":
+            sequences = sequence_units(lengths)
+            units = [sequences[index] for index in order]
+        else:
+            make = block_units if self.packing == "blocks" else knapsack_units
+            packs = make(lengths, self.max_length, order)
+            pack_order = epoch_order(len(packs), seed=self.seed + 1, epoch=epoch, shuffle=shuffle)
+            units = [packs[index] for index in pack_order]
+        return [
+            Unit(tuple(span._replace(document=int(documents[span.document])) for span in unit.spans)) for unit in units
+        ]
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """The prompts of a set with the answers that the data gives; validation rows of a split training set too."""
+        if split == "predict" and not self.names["predict"]:
+            split = "val"
+        if split == "val" and not self.names["val"] and self.val_size:
+            self.setup("validate")
+            chosen = {self._row_key("val", document) for document in self._documents["val"]}
+            everything = self._read_prompts(self.names["train"])
+            return [prompt for prompt in everything if (prompt.source, prompt.row) in chosen]
+        if not self.names[split]:
+            raise InputError(f"data.{split}_datasets: must name prompts to answer, got none. Give at least one dataset.")
+        return self._read_prompts(self.names[split])
+
+    def prompt_loader(self, split: Split, *, batch_size: int) -> EvalLoader:
+        """The prompts of a set in batches of this rank; the same number of batches on every rank."""
+        return EvalLoader(partial(self._prompt_batches, split, batch_size))
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def _rank_and_size(self) -> tuple[int, int]:
+        """This process among the data-parallel ones: the strategy knows, also where ranks share a model."""
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        if not isinstance(strategy, ParallelStrategy):
+            return 0, 1
+        place = strategy.distributed_sampler_kwargs
+        return int(place["rank"]), int(place["num_replicas"])
+
+    def _sources(self, names: Sequence[str | dict[str, Any]]) -> list[Source]:
+        return resolve_sources(list(names), self.dataset_dir)
+
+    def _build(self, split: Split) -> TokenStore:
+        return build_store(
+            self._sources(self.names[split]),
+            self.options,
+            self.tokenizer,
+            self.template,
+            cache_dir=self.cache_dir,
+            num_workers=self.num_workers,
+            max_samples=self.max_samples,
+            invalid_rows=self.invalid_rows,
+        )
+
+    def _read_prompts(self, names: Sequence[str | dict[str, Any]]) -> list[Prompt]:
+        return prompt_rows(
+            self._sources(names),
+            self.tokenizer,
+            self.template,
+            task=self.task,
+            max_samples=self.max_samples,
+            invalid_rows=self.invalid_rows,
+        )
+
+    def _row_key(self, split: Split, document: int) -> tuple[str, int]:
+        store = self._stores[split]
+        return store.names[store.source_index[document]], int(store.row[document])
+
+    def _split(self) -> None:
+        """Give the chosen rows, with all their documents, to validation."""
+        store = self._stores["train"]
+        keys = np.stack([store.source_index.astype(np.int64), np.asarray(store.row)])
+        rows, row_of_document = np.unique(keys, axis=1, return_inverse=True)
+        num_rows = rows.shape[1]
+        train, val = split_rows(num_rows, self.val_size, seed=self.seed)
+        if not len(train) or not len(val):
+            raise InputError(
+                f"data.val_size: must leave rows on both sides, got {self.val_size} of {num_rows} rows. Change it."
+            )
+        validates = np.isin(row_of_document.reshape(-1), val)
+        self._stores["val"] = store
+        self._documents["train"], self._documents["val"] = np.flatnonzero(~validates), np.flatnonzero(validates)
+
+    def _arrange(self, units: Sequence[Unit]) -> StepBatch:
+        rank, num_ranks = self._rank_and_size
+        plan = micro_batch_plan(
+            [unit.num_tokens for unit in units], num_ranks=num_ranks, rule=self.rule, layout=self.layout
+        )
+        return StepBatch(tuple(self._collate("train", units, positions) for positions in plan[rank]))
+
+    def _collate(self, split: Split, units: Sequence[Unit], positions: Sequence[int]) -> Any:
+        chosen = [units[position] for position in positions]
+        return token_batch(chosen, self._stores[split], layout=self.layout, isolate=self.isolate_documents)
+
+    def _eval_batches(self, split: Split) -> list[partial[StepBatch]]:
+        units = self.units(split)
+        rank, num_ranks = self._rank_and_size
+        lengths = [unit.num_tokens for unit in units]
+        plan = micro_batch_plan(lengths, num_ranks=num_ranks, rule=self.eval_rule, layout=self.layout)
+        return [partial(self._eval_batch, split, units, positions) for positions in plan[rank]]
+
+    def _eval_batch(self, split: Split, units: Sequence[Unit], positions: Sequence[int]) -> StepBatch:
+        return StepBatch((self._collate(split, units, positions),))
+
+    def _prompt_batches(self, split: Split, batch_size: int) -> list[partial[PromptBatch]]:
+        prompts = self.prompts(split)
+        rank, num_ranks = self._rank_and_size
+        longest_first = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].ids), row))
+        batches: list[partial[PromptBatch]] = []
+        for start in range(0, len(prompts), batch_size * num_ranks):
+            rows = longest_first[start : start + batch_size * num_ranks][rank::num_ranks]
+            chosen = [prompts[row] for row in rows] or [prompts[0]]
+            batches.append(partial(prompt_batch, chosen, rows or [-1], pad_id=int(self.tokenizer.pad_token_id)))
+        return batches
+
+
+def _check_ranges(*, max_length: int, global_batch_size: int, max_samples: int | None) -> None:
+    for name, value, least in (
+        ("max_length", max_length, 2),
+        ("global_batch_size", global_batch_size, 1),
+        ("max_samples", max_samples, 1),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"data.{name}: must be at least {least}, got {value}. Raise it.")
+
+
+def _micro_batch_rule(prefix: str, size: int | None, tokens: int | None) -> MicroBatchRule | None:
+    names = f"data.{prefix}micro_batch_size", f"data.{prefix}micro_batch_tokens"
+    if size is not None and tokens is not None:
+        raise InputError(f"{names[0]}: excludes {names[1]}, got {size} and {tokens}. Remove one.")
+    for name, value in zip(names, (size, tokens), strict=True):
+        if value is not None and value < 1:
+            raise InputError(f"{name}: must be at least 1, got {value}. Raise it.")
+    return None if size is None and tokens is None else MicroBatchRule(size, tokens)

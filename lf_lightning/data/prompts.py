@@ -1,0 +1,104 @@
+"""Prompts for generation: the same conversations as in training, up to the answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lf_lightning.data.encode import bos_ids, token_ids
+from lf_lightning.data.formats import RowError, check_task, conversation_of, text_of
+from lf_lightning.data.sources import load_rows
+from lf_lightning.data.store import InvalidRows, row_error
+from lf_lightning.data.templates import Template, prompt_segments
+from lf_lightning.types import Conversation, Segment, Source, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOG = logging.getLogger(__name__)
+
+
+class Prompt(NamedTuple):
+    """A text to answer."""
+
+    text: str
+    ids: tuple[int, ...]
+    reference: str  # the answer that the row gives, "" where it gives none
+    source: str  # name of the dataset
+    row: int  # 1-based
+
+
+def prompt_rows(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    task: Task = "sft",
+    max_samples: int | None = None,
+    invalid_rows: InvalidRows = "stop",
+) -> list[Prompt]:
+    """The prompts of all rows: everything before the last answer, which is the reference. Nothing is cut.
+
+    Args:
+        sources: The datasets; rows may lack an answer.
+        tokenizer: The tokenizer, fitted to the template.
+        template: The template.
+        task: With `pt` the text of a row is the prompt, and there is no reference.
+        max_samples: Use only the first rows of each dataset, this many.
+        invalid_rows: `stop` at the first row that cannot be used, or `skip` such rows and report how many.
+
+    Raises:
+        InputError: A dataset does not suit the task, a file is broken, or a row is invalid.
+    """
+    prompts: list[Prompt] = []
+    for source in sources:
+        check_task(source, task)
+        prompts += _source_prompts(source, load_rows(source, max_samples), tokenizer, template, task, invalid_rows)
+    return prompts
+
+
+def _source_prompts(
+    source: Source,
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    task: Task,
+    invalid_rows: InvalidRows,
+) -> list[Prompt]:
+    parsed: dict[int, tuple[tuple[Segment, ...], str]] = {}
+    dropped: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            if task == "pt":
+                parsed[number] = (Segment(text_of(row, source), False),), ""
+            else:
+                conversation = conversation_of(row, source)
+                parsed[number] = prompt_segments(conversation, template, tokenizer), _reference(conversation)
+        except RowError as error:
+            if invalid_rows == "stop":
+                raise row_error(source, number, str(error)) from error
+            dropped.append(f"row {number}: {error}")
+    if dropped:
+        LOG.warning("%s: %d of %d prompts dropped (%s)", source.name, len(dropped), len(rows), dropped[0])
+    ids = token_ids((segment.text for segments, _ in parsed.values() for segment in segments), tokenizer)
+    opening = bos_ids(tokenizer) if task == "pt" else []
+    return [
+        Prompt(
+            text="".join(segment.text for segment in segments),
+            ids=tuple(opening + [token for segment in segments for token in ids[segment.text]]),
+            reference=reference,
+            source=source.name,
+            row=number,
+        )
+        for number, (segments, reference) in parsed.items()
+    ]
+
+
+def _reference(conversation: Conversation) -> str:
+    last = conversation.messages[-1]
+    if last.role != "assistant":
+        return ""
+    calls = json.dumps(last.tool_calls, ensure_ascii=False) if last.tool_calls else ""
+    return "\n".join(part for part in (last.content, calls) if part)

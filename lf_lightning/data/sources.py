@@ -1,0 +1,326 @@
+"""Where rows come from: names in dataset_info.json or inline entries become sources, and sources become rows."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from lf_lightning.types import InputError, Source
+
+FORMATTINGS = ("alpaca", "sharegpt", "openai", "text")
+COLUMNS = (
+    "prompt",
+    "query",
+    "response",
+    "history",
+    "messages",
+    "system",
+    "tools",
+    "text",
+    "chosen",
+    "rejected",
+    "kto_tag",
+)
+UNSUPPORTED_COLUMNS = ("images", "videos", "audios")
+TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
+ENTRY_KEYS = ("file_name", "formatting", "columns", "tags", "ranking")
+INLINE_KEYS = ("path", "name", *ENTRY_KEYS)
+UNSUPPORTED_KEYS = (
+    "hf_hub_url",
+    "ms_hub_url",
+    "om_hub_url",
+    "script_url",
+    "cloud_file_name",
+    "subset",
+    "split",
+    "folder",
+    "num_samples",
+)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The end of an error line: ` Did you mean 'x'?` with the closest of `words`, or the list of all."""
+    known = sorted(words)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Choose one of: {', '.join(known)}."
+
+
+def resolve_sources(datasets: list[str | dict[str, Any]], dataset_dir: str) -> list[Source]:
+    """The sources that the entries of `data.datasets` mean.
+
+    Args:
+        datasets: Each a name in `<dataset_dir>/dataset_info.json`, or an inline entry: the same keys plus `path`
+            (relative to the working folder, else to `dataset_dir`) and `name`.
+        dataset_dir: Folder of dataset_info.json and of its files.
+
+    Raises:
+        InputError: An unknown name or key, a key that is not supported yet, a missing or broken file.
+    """
+    folder = Path(dataset_dir)
+    info = _read_info(folder) if any(isinstance(entry, str) for entry in datasets) else {}
+    sources = []
+    for position, entry in enumerate(datasets):
+        if isinstance(entry, str):
+            sources.append(_named_source(entry, info, folder))
+        elif isinstance(entry, dict):
+            sources.append(_inline_source(entry, f"data.datasets[{position}]", folder))
+        else:
+            raise InputError(
+                f"data.datasets[{position}]: must be a name or a mapping, got {entry!r}. Write a name of "
+                f"{folder / 'dataset_info.json'}, or {{path: rows.jsonl, ...}}."
+            )
+    return sources
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset_info.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file. Set data.dataset_dir to its folder, or give datasets inline.")
+    info = _parse_json(_read_text(path), str(path))
+    if not isinstance(info, dict):
+        raise InputError(f"{path}: must be an object of name -> entry, got {_kind(info)}. Put the entries in {{...}}.")
+    return info
+
+
+def _named_source(name: str, info: dict[str, Any], folder: Path) -> Source:
+    where = folder / "dataset_info.json"
+    if name not in info:
+        raise InputError(f"{where}: no dataset is called {name!r}.{nearest(name, info)}")
+    entry = info[name]
+    if not isinstance(entry, dict):
+        raise InputError(f'{where}, {name}: must be an object, got {_kind(entry)}. Write {{"file_name": ...}}.')
+    where_entry = f"{where}, {name}"
+    _check_keys(entry, ENTRY_KEYS, where_entry)
+    file_name = _text_value(entry, "file_name", where_entry)
+    if not Path(file_name).is_absolute() and os.path.normpath(file_name).split(os.sep)[0] == os.pardir:
+        raise InputError(f"{where_entry}: file_name must stay inside {folder}, got {file_name!r}. Move the file there.")
+    return _source(name, folder / file_name, entry, where_entry)
+
+
+def _inline_source(entry: dict[str, Any], where: str, folder: Path) -> Source:
+    _check_keys(entry, INLINE_KEYS, where)
+    if ("path" in entry) == ("file_name" in entry):
+        got = "both" if "path" in entry else "neither"
+        raise InputError(f"{where}: give either path or file_name, got {got}. Write {{path: rows.jsonl}}.")
+    if "path" in entry:
+        path = Path(_text_value(entry, "path", where)).expanduser()
+        path = path if path.exists() or not (folder / path).exists() else folder / path
+    else:
+        path = folder / _text_value(entry, "file_name", where)
+    name = _text_value(entry, "name", where) if "name" in entry else path.stem
+    return _source(name, path, entry, where)
+
+
+def _source(name: str, path: Path, entry: dict[str, Any], where: str) -> Source:
+    if not path.exists():
+        raise InputError(f"{where}: {path} does not exist. Correct the path, or put the file there.")
+    formatting = entry.get("formatting", "text" if path.suffix == ".txt" else "alpaca")
+    if formatting not in FORMATTINGS:
+        raise InputError(f"{where}: unknown formatting {formatting!r}.{nearest(str(formatting), FORMATTINGS)}")
+    ranking = entry.get("ranking", False)
+    if not isinstance(ranking, bool):
+        raise InputError(f"{where}: ranking must be true or false, got {ranking!r}. Write true without quotes.")
+    columns = _mapping(entry, "columns", (*COLUMNS, *UNSUPPORTED_COLUMNS), where)
+    for column in UNSUPPORTED_COLUMNS:
+        if column in columns:
+            raise InputError(f"{where}: the column {column!r} is not supported yet. Use a dataset of text only.")
+    return Source(name, path, formatting, columns, _mapping(entry, "tags", TAGS, where), ranking)
+
+
+def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in entry:
+        if key in UNSUPPORTED_KEYS:
+            raise InputError(f"{where}: {key} is not supported yet. Download the rows and give file_name.")
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}.{nearest(str(key), known)}")
+
+
+def _text_value(entry: dict[str, Any], key: str, where: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not value:
+        raise InputError(
+            f"{where}: {key} must be a non-empty string, got {value!r}. Give the name of a file or folder."
+        )
+    return value
+
+
+def _mapping(entry: dict[str, Any], key: str, known: tuple[str, ...], where: str) -> dict[str, str]:
+    value = entry.get(key) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {key} must be a mapping, got {value!r}. Write {{{known[0]}: name in the file}}.")
+    for ours, theirs in value.items():
+        if ours not in known:
+            raise InputError(f"{where}: unknown key {ours!r} in {key}.{nearest(str(ours), known)}")
+        if theirs is not None and not isinstance(theirs, str):
+            raise InputError(f"{where}: {key}.{ours} must be a string, got {theirs!r}. Name what the file calls it.")
+    return {ours: theirs for ours, theirs in value.items() if theirs is not None}
+
+
+def source_files(source: Source) -> list[Path]:
+    """The files of a source in reading order: the file itself, or all files of the folder by name.
+
+    Raises:
+        InputError: The folder is empty or mixes types, or the type is not one of json, jsonl, csv, parquet, txt.
+    """
+    if not source.path.exists():
+        raise InputError(f"{source.name}: {source.path} does not exist. Correct the path, or put the file there.")
+    files = [source.path]
+    if source.path.is_dir():
+        files = sorted(path for path in source.path.iterdir() if path.is_file() and not path.name.startswith("."))
+        suffixes = sorted({path.suffix for path in files})
+        if len(suffixes) != 1:
+            got = "no file" if not files else f"the types {', '.join(suffixes)}"
+            raise InputError(f"{source.path}: a folder must hold files of one type, got {got}. Give each type its own.")
+    if files[0].suffix not in READERS:
+        raise InputError(
+            f"{files[0]}: the type {files[0].suffix!r} is not supported. Write the rows as {', '.join(READERS)}."
+        )
+    return files
+
+
+def load_rows(source: Source, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a source as the file has them; text files give one `{"text": line}` for each line that is not blank.
+
+    JSON is read by the json module and CSV as strings, so that no type or key is inferred from other rows.
+
+    Args:
+        source: The dataset.
+        limit: Read only the first rows, this many; None reads all.
+
+    Raises:
+        InputError: A file is empty, broken or of an unsupported type, or a row is not an object.
+    """
+    files = source_files(source)
+    rows = chain.from_iterable(_file_rows(path) for path in files)
+    return list(islice(rows, limit))
+
+
+def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
+    empty = True
+    for row in READERS[path.suffix](path):
+        empty = False
+        yield row
+    if empty:
+        raise InputError(f"{path}: holds no rows. Write at least one, or take the dataset out of data.datasets.")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the bytes of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}. Correct the file."
+        ) from error
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _object_row(row: Any, path: Path, number: int) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f'{path}, row {number}: must be an object, got {_kind(row)}. Write {{"column": value, ...}}.')
+    return row
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    text = _read_text(path)
+    if not text.strip():
+        return
+    rows = _parse_json(text, str(path))
+    if not isinstance(rows, list):
+        raise InputError(
+            f"{path}: must be an array of objects, got {_kind(rows)}. Put the rows in [...], or name the file .jsonl "
+            f"where each line is a row."
+        )
+    for number, row in enumerate(rows, start=1):
+        yield _object_row(row, path, number)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for row, (number, line) in enumerate(_lines(path), start=1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, row {row}: broken JSON at line {number}, column {error.colno}: {error.msg}. Correct the line."
+            ) from error
+        yield _object_row(value, path, row)
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for number, row in enumerate(reader, start=1):
+                if None in row or None in row.values():
+                    raise InputError(
+                        f"{path}, row {number}: must have {len(reader.fieldnames or ())} columns like the first line. "
+                        f"Quote cells that hold commas or line breaks."
+                    )
+                yield dict(row)
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: broken CSV: {error}. Correct the line.") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"{path}: cannot be read as parquet: {reason}. Write the file again.") from error
+
+
+def _txt_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for _, line in _lines(path):
+        yield {"text": line}
+
+
+READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".json": _json_rows,
+    ".jsonl": _jsonl_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".txt": _txt_rows,
+}

@@ -1,0 +1,279 @@
+"""The encoded documents of all datasets as flat arrays on disk, made once for the same data, template and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lf_lightning.data.build import Chunk, Encoder, encoded_chunks
+from lf_lightning.data.encode import EncodeOptions, RowProblem
+from lf_lightning.data.formats import check_task
+from lf_lightning.data.sources import file_digest, source_files
+from lf_lightning.data.templates import Template
+from lf_lightning.types import InputError, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+InvalidRows = Literal["stop", "skip"]
+ARRAYS = ("input_ids", "labels", "offsets", "source_index", "row")
+NUM_REASONS = 3
+"""Distinct reasons for dropped rows that a summary keeps."""
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """What became of the rows of one dataset.
+
+    Args:
+        name: The dataset.
+        num_rows: Rows read.
+        num_kept: Rows that gave at least one document.
+        num_documents: Documents of these rows.
+        num_cut_rows: Rows that lost tokens to `max_length`.
+        num_cut_tokens: Tokens that they lost.
+        num_dropped: Rows that could not be used.
+        num_per_turn: Rows that became one document for each turn, because the template rewrites earlier turns.
+        num_last_turn: Rows of which only the last turn is learned, for the same reason (`history: whole`).
+        reasons: Why rows were dropped, each with the first such row, as `row 17: ...` or `row 17 and 3 more: ...`.
+    """
+
+    name: str
+    num_rows: int = 0
+    num_kept: int = 0
+    num_documents: int = 0
+    num_cut_rows: int = 0
+    num_cut_tokens: int = 0
+    num_dropped: int = 0
+    num_per_turn: int = 0
+    num_last_turn: int = 0
+    reasons: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """One line for the user, such as `identity: 91 rows, 90 kept, 2 cut (35 tokens), 1 dropped (row 17: ...)`."""
+        parts = [f"{self.num_rows:,} rows", f"{self.num_kept:,} kept"]
+        parts.append(f"{self.num_cut_rows:,} cut" + (f" ({self.num_cut_tokens:,} tokens)" if self.num_cut_rows else ""))
+        parts.append(f"{self.num_dropped:,} dropped" + (f" ({'; '.join(self.reasons)})" if self.reasons else ""))
+        if self.num_per_turn:
+            parts.append(f"{self.num_per_turn:,} split into one example per turn")
+        if self.num_last_turn:
+            parts.append(f"{self.num_last_turn:,} learned in their last turn only")
+        return f"{self.name}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """Documents as flat arrays. D documents, N tokens in all.
+
+    Args:
+        input_ids: Tokens of all documents one after the other; (N,) int32.
+        labels: The token where it is learned, else IGNORE; not shifted; (N,) int32.
+        offsets: Document i is `offsets[i]` to `offsets[i + 1]`; (D + 1,) int64.
+        source_index: Dataset of each document, an index into `names`; (D,) int32.
+        row: Row of each document in its dataset, 1-based; (D,) int64.
+        names: Names of the datasets.
+        summaries: What became of the rows, one for each dataset.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    source_index: NDArray[np.int32]
+    row: NDArray[np.int64]
+    names: tuple[str, ...]
+    summaries: tuple[StoreSummary, ...]
+
+    def __len__(self) -> int:
+        """Number of documents, D."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document; (D,) int64."""
+        return np.diff(self.offsets)
+
+    def document(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Ids and labels of a document, as views."""
+        start, end = self.offsets[index], self.offsets[index + 1]
+        return self.input_ids[start:end], self.labels[start:end]
+
+
+def build_store(
+    sources: Sequence[Source],
+    options: EncodeOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    cache_dir: Path | str | None = None,
+    num_workers: int | None = None,
+    max_samples: int | None = None,
+    invalid_rows: InvalidRows = "stop",
+    progress: bool = True,
+) -> TokenStore:
+    """Encode all rows, or open what an earlier call with the same content left in `cache_dir`.
+
+    Args:
+        sources: The datasets.
+        options: What decides ids and labels.
+        tokenizer: The tokenizer, fitted to the template.
+        template: The template.
+        cache_dir: Folder for encoded data; each content has a folder there. None keeps everything in memory.
+        num_workers: Processes that encode; None is this one. The result does not depend on it.
+        max_samples: Use only the first rows of each dataset, this many.
+        invalid_rows: `stop` at the first row that cannot be used, or `skip` and count such rows.
+        progress: Show a progress bar on stderr where that is a terminal.
+
+    Raises:
+        InputError: A dataset does not suit the task, a file is broken, a row is invalid, or no row is left.
+    """
+    for source in sources:
+        check_task(source, options.task)
+    encoder = Encoder(tuple(sources), options, tokenizer, template)
+    folder = None
+    if cache_dir is not None:
+        folder = Path(cache_dir).expanduser() / _content_key(encoder, max_samples, invalid_rows)
+        if folder.exists():
+            return open_store(folder)
+    chunks = []
+    for chunk in encoded_chunks(encoder, num_workers=num_workers, max_samples=max_samples, progress=progress):
+        if chunk.problems and invalid_rows == "stop":
+            number, reason = chunk.problems[0]
+            raise row_error(sources[chunk.source_index], number, reason)
+        chunks.append(chunk)
+    store = _store_of(chunks, sources)
+    if folder is None:
+        return store
+    _save(store, folder)
+    return open_store(folder)
+
+
+def row_error(source: Source, row: int, reason: str) -> InputError:
+    """The error for a row that cannot be used, as one line."""
+    return InputError(f"{source.path.name}, row {row}: {reason}. Fix the row, or set data.invalid_rows: skip.")
+
+
+def open_store(folder: Path) -> TokenStore:
+    """The store in a folder, its arrays read from disk as they are needed."""
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    facts = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summaries = tuple(StoreSummary(**{**fact, "reasons": tuple(fact["reasons"])}) for fact in facts)
+    return TokenStore(**arrays, names=tuple(summary.name for summary in summaries), summaries=summaries)
+
+
+def _store_of(chunks: list[Chunk], sources: Sequence[Source]) -> TokenStore:
+    summaries = tuple(
+        _summary(source.name, [chunk for chunk in chunks if chunk.source_index == index])
+        for index, source in enumerate(sources)
+    )
+    lengths = _joined([chunk.lengths for chunk in chunks], np.int64)
+    if not len(lengths):
+        lines = "; ".join(summary.line() for summary in summaries)
+        raise InputError(f"data.datasets: no row can be used ({lines}). Check formatting, columns and max_length.")
+    index = [np.full(len(chunk.lengths), chunk.source_index, np.int32) for chunk in chunks]
+    return TokenStore(
+        input_ids=_joined([chunk.input_ids for chunk in chunks], np.int32),
+        labels=_joined([chunk.labels for chunk in chunks], np.int32),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        source_index=_joined(index, np.int32),
+        row=_joined([chunk.rows for chunk in chunks], np.int64),
+        names=tuple(source.name for source in sources),
+        summaries=summaries,
+    )
+
+
+def _joined(arrays: list[NDArray[Scalar]], dtype: type[Scalar]) -> NDArray[Scalar]:
+    return np.concatenate([np.zeros(0, dtype), *arrays])
+
+
+def _summary(name: str, chunks: list[Chunk]) -> StoreSummary:
+    problems = [problem for chunk in chunks for problem in chunk.problems]
+    cuts = [cut for chunk in chunks for cut in chunk.cuts if cut]
+    ways = [way for chunk in chunks for way in chunk.ways]
+    return StoreSummary(
+        name,
+        num_rows=len(ways) + len(problems),
+        num_kept=len(ways),
+        num_documents=sum(len(chunk.lengths) for chunk in chunks),
+        num_cut_rows=len(cuts),
+        num_cut_tokens=sum(cuts),
+        num_dropped=len(problems),
+        num_per_turn=ways.count("per_turn"),
+        num_last_turn=ways.count("last_turn"),
+        reasons=_reasons(problems),
+    )
+
+
+def _reasons(problems: list[RowProblem]) -> tuple[str, ...]:
+    rows: dict[str, list[int]] = {}
+    for row, reason in problems:
+        rows.setdefault(reason, []).append(row)
+    return tuple(
+        f"row {numbers[0]}{f' and {len(numbers) - 1:,} more' if len(numbers) > 1 else ''}: {reason}"
+        for reason, numbers in list(rows.items())[:NUM_REASONS]
+    )
+
+
+def _save(store: TokenStore, folder: Path) -> None:
+    """Write a folder whole or not at all: to a hidden sibling, synced, renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        arrays: list[NDArray[Any]] = [store.input_ids, store.labels, store.offsets, store.source_index, store.row]
+        for name, array in zip(ARRAYS, arrays, strict=True):
+            np.save(draft / f"{name}.npy", array)
+        facts = [asdict(summary) for summary in store.summaries]
+        (draft / "summary.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+        for path in draft.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():  # otherwise another process finished the same content first: its folder serves
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _content_key(encoder: Encoder, max_samples: int | None, invalid_rows: InvalidRows) -> str:
+    """Everything that decides the arrays, as one digest; paths and times do not count."""
+    key = hashlib.sha256()
+    for part in (*_source_facts(encoder.sources), *_code_facts(), *_tokenizer_facts(encoder.tokenizer)):
+        key.update(hashlib.sha256(part.encode()).digest())
+    rest = [asdict(encoder.options), asdict(encoder.template), max_samples, invalid_rows]
+    key.update(json.dumps(rest, sort_keys=True).encode())
+    return key.hexdigest()[:40]
+
+
+def _source_facts(sources: Sequence[Source]) -> Iterable[str]:
+    for source in sources:
+        facts = asdict(source) | {"path": [(path.suffix, file_digest(path)) for path in source_files(source)]}
+        yield json.dumps(facts, sort_keys=True)
+
+
+def _code_facts() -> Iterable[str]:
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *(here / "named").iterdir()]):
+        yield f"{path.name} {file_digest(path)}"
+    yield f"{version('transformers')} {version('tokenizers')}"
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        yield tokenizer.backend_tokenizer.to_str()
+    else:
+        yield f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())} {tokenizer.init_kwargs}"
+    yield f"{tokenizer.special_tokens_map} {tokenizer.all_special_tokens}"

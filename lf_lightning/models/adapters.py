@@ -1,0 +1,159 @@
+"""Ways to tune: which parameters train. One small frozen spec each."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lf_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Tuning(ABC):
+    """Which parameters of the backbone train."""
+
+    @abstractmethod
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """Set `requires_grad` of every parameter, and add adapters where there are any.
+
+        Raises:
+            InputError: The model lacks what the spec names.
+        """
+
+
+@dataclass(frozen=True)
+class Full(Tuning):
+    """Every parameter trains."""
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """Let every parameter train."""
+        model.requires_grad_(True)
+        return model
+
+
+@dataclass(frozen=True)
+class Freeze(Tuning):
+    """The last blocks train; embeddings, earlier blocks, the last norm and the output layer stay.
+
+    Args:
+        num_layers: Number of blocks that train, counted from the end, > 0.
+    """
+
+    num_layers: int = 2
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """Let the parameters of the last blocks train."""
+        blocks = decoder_blocks(model)
+        if not 1 <= self.num_layers <= len(blocks):
+            raise InputError(
+                f"model.init_args.tuning.init_args.num_layers: must be 1 to {len(blocks)} for this model, "
+                f"got {self.num_layers}. Choose a number in that range."
+            )
+        model.requires_grad_(False)
+        for block in blocks[-self.num_layers :]:
+            block.requires_grad_(True)
+        return model
+
+
+@dataclass(frozen=True)
+class LoRA(Tuning):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A, of which only A and B train.
+
+    Args:
+        rank: Rank of the update, > 0.
+        alpha: Strength of the update; empty means 2 * rank.
+        dropout: Probability of dropping an input of A while training, in [0, 1).
+        target: Linear layers that get an adapter: `all` (every one but the output layer), or a list of module names
+            such as [q_proj, v_proj].
+        adapter: Folder of an adapter to continue. Its own rank, alpha, dropout and target apply, so none of them may
+            be given beside it.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    target: str | list[str] = "all"
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, and options that an adapter to continue would override.
+
+        Raises:
+            InputError: As said.
+        """
+        where = "model.init_args.tuning.init_args"
+        if self.rank < 1:
+            raise InputError(f"{where}.rank: must be at least 1, got {self.rank}. Try 8.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"{where}.dropout: must be in [0, 1), got {self.dropout}. Try 0.0.")
+        if self.adapter and (self.rank, self.alpha, self.dropout, self.target) != (8, None, 0.0, "all"):
+            raise InputError(
+                f"{where}: an adapter to continue brings its own rank, alpha, dropout and target, got some beside "
+                f"adapter: {self.adapter}. Remove them, or remove adapter."
+            )
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """Add new adapters, or load the ones to continue; everything else is frozen."""
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        if self.adapter is not None:
+            if not (Path(self.adapter) / "adapter_config.json").is_file():
+                raise InputError(
+                    f"model.init_args.tuning.init_args.adapter: must be a folder with adapter_config.json, "
+                    f"got {self.adapter}. Give the folder of a saved adapter."
+                )
+            continued: PeftModel = PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
+            return continued
+        target: str | list[str] = "all-linear"
+        if self.target != "all":
+            target = [self.target] if isinstance(self.target, str) else list(self.target)
+            _check_targets(model, target)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=target,
+            task_type="CAUSAL_LM",
+        )
+        adapted: PeftModel = get_peft_model(model, config)
+        return adapted
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks of a model: its list of as many modules as the config counts layers."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise InputError(
+        f"model.init_args.tuning: no list of {num_layers} blocks in {type(model).__name__}. Use Full or LoRA instead."
+    )
+
+
+def upcast_trainable(model: nn.Module) -> None:
+    """Hold every trainable parameter in float32 at least: half precision would round small updates away."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def _check_targets(model: nn.Module, target: list[str]) -> None:
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    for want in target:
+        if not any(name == want or name.endswith(f".{want}") for name in names):
+            near = difflib.get_close_matches(want, leaves, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Choose among {', '.join(leaves)}."
+            raise InputError(
+                f"model.init_args.tuning.init_args.target: must name linear layers of the model, got {want}. {hint}"
+            )

@@ -1,0 +1,117 @@
+"""Weights to a folder that transformers and peft open, and back from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lf_lightning.models.backbone import Backbone
+from lf_lightning.types import InputError
+
+TRAINABLE = "trainable.safetensors"
+"""Holds trained parameters by our names, in trainer_state/, where the folder itself stores them under other names."""
+
+
+def save_weights(backbone: Backbone, folder: Path, *, base: str | None) -> None:
+    """Write what was trained: an adapter alone, or the whole model, with its configuration.
+
+    Args:
+        backbone: The model.
+        folder: An existing folder.
+        base: What an adapter names as its base model.
+    """
+    if backbone.is_adapter:
+        for config in backbone.model.peft_config.values():
+            config.base_model_name_or_path = base
+        backbone.model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty model card
+    else:
+        backbone.causal_lm.save_pretrained(folder)
+
+
+def save_unnamed_weights(backbone: Backbone, folder: Path) -> None:
+    """Write the trained parameters that `folder` does not hold under their own names to `folder`/trainer_state.
+
+    Some families (fused experts) are saved in another arrangement than they are trained in.
+    """
+    if backbone.is_adapter:
+        return
+    names = set(_tensor_files(folder))
+    aliases = _tied_names(backbone)
+    missing = {
+        name: parameter.detach().contiguous()
+        for name, parameter in backbone.causal_lm.named_parameters()
+        if parameter.requires_grad and name not in names and not aliases.get(name, set()) & names
+    }
+    if missing:
+        save_file(missing, folder / "trainer_state" / TRAINABLE)
+
+
+def load_weights(backbone: Backbone, folder: Path) -> None:
+    """Put the trained weights of a checkpoint or a final folder into a model of the same make.
+
+    Raises:
+        InputError: The folder holds no weights, or not those that this model trains.
+    """
+    if backbone.is_adapter:
+        _load_adapter(backbone, folder)
+        return
+    files = _tensor_files(folder)
+    own = folder / "trainer_state" / TRAINABLE
+    fallback = load_file(own) if own.is_file() else {}
+    aliases = _tied_names(backbone)
+    for name, parameter in backbone.causal_lm.named_parameters():
+        stored = next((alias for alias in (name, *sorted(aliases.get(name, ()))) if alias in files), None)
+        if name in fallback:
+            tensor = fallback[name]
+        elif stored is not None:
+            with safe_open(files[stored], "pt") as handle:
+                tensor = handle.get_tensor(stored)
+        elif parameter.requires_grad:
+            raise InputError(f"{folder}: lacks the trained weight {name}. Give a folder that this configuration wrote.")
+        else:
+            continue
+        _copy(parameter, tensor, name, folder)
+
+
+def _load_adapter(backbone: Backbone, folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise InputError(f"{folder}: must hold adapter_model.safetensors, got none. Give the folder of an adapter.")
+    result = set_peft_model_state_dict(backbone.model, load_file(path))
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if missing or result.unexpected_keys:
+        culprit = (missing or result.unexpected_keys)[0]
+        raise InputError(f"{path}: does not fit this model's adapter, first at {culprit}. Use the run's own tuning.")
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Name of each tensor of a folder -> the file that holds it."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as handle:
+            found.update(dict.fromkeys(handle.keys(), path))
+    return found
+
+
+def _tied_names(backbone: Backbone) -> dict[str, set[str]]:
+    """Every name of a parameter that has several, with all its names."""
+    names: dict[int, set[str]] = {}
+    by_name = dict(backbone.causal_lm.named_parameters(remove_duplicate=False))
+    for name, parameter in by_name.items():
+        names.setdefault(id(parameter), set()).add(name)
+    return {name: names[id(parameter)] for name, parameter in by_name.items() if len(names[id(parameter)]) > 1}
+
+
+@torch.no_grad()
+def _copy(parameter: torch.nn.Parameter, tensor: Tensor, name: str, folder: Path) -> None:
+    if parameter.shape != tensor.shape:
+        got, want = tuple(tensor.shape), tuple(parameter.shape)
+        raise InputError(f"{folder}: weight {name} must have shape {want}, got {got}. Use the run's own backbone.")
+    parameter.copy_(tensor)

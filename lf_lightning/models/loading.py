@@ -1,0 +1,127 @@
+"""From a backbone spec to a model, ready to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lf_lightning.models.adapters import Tuning, upcast_trainable
+from lf_lightning.models.backbone import Backbone
+from lf_lightning.types import BackboneSpec, InputError, torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+WHERE = "model.init_args.backbone"
+
+
+def load_backbone(
+    spec: BackboneSpec, tuning: Tuning, *, vocab_size: int, seed: int, device: torch.device | None = None
+) -> Backbone:
+    """Load or build the model, apply the tuning, and leave it in train mode.
+
+    Args:
+        spec: Which model.
+        tuning: Which parameters train; those are float32 at least.
+        vocab_size: Words of the tokenizer: size of a scratch model's embedding, and a lower bound for any other's.
+        seed: Seed of new weights (scratch models, adapters).
+        device: Where to build; `meta` builds shapes without weights.
+
+    Raises:
+        InputError: The folder cannot be read, or model and tokenizer or tuning do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(spec, vocab_size, device)
+        _check_vocabulary(model, vocab_size)
+        if spec.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tuned = tuning.apply(model)
+    upcast_trainable(tuned)
+    backbone = Backbone(tuned)
+    if spec.path is None and backbone.is_adapter:
+        raise InputError(
+            f"{WHERE}: an adapter needs a base that others can load, got a model from architecture. "
+            "Set path, or use Full tuning."
+        )
+    return backbone.train()
+
+
+def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = _config(spec, vocab_size)
+    attention = None if spec.attention == "auto" else spec.attention
+    dtype = "auto" if spec.dtype == "auto" else torch_dtype(spec.dtype)
+    try:
+        if spec.path is None or device is not None and device.type == "meta":
+            with device or torch.device("cpu"):
+                scratch_dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
+                model = AutoModelForCausalLM.from_config(config, dtype=scratch_dtype, attn_implementation=attention)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                spec.path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=spec.trust_remote_code,
+                revision=spec.revision,
+            )
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(f"{WHERE}: the model cannot be loaded, got {_first_line(error)} Check path and attention.")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _config(spec: BackboneSpec, vocab_size: int) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if spec.architecture is not None:
+        return _scratch_config(spec.architecture, vocab_size)
+    assert spec.path is not None
+    looks_local = spec.path.startswith((".", "/", "~")) or spec.path.count("/") != 1
+    if looks_local and not (Path(spec.path) / "config.json").is_file():
+        raise InputError(
+            f"{WHERE}.path: must be a folder with config.json or a hub name, got {spec.path}. Correct the path."
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            spec.path, trust_remote_code=spec.trust_remote_code, revision=spec.revision
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{WHERE}.path: {spec.path} cannot be read, got {_first_line(error)} Correct the path.")
+    return config
+
+
+def _scratch_config(architecture: dict[str, Any], vocab_size: int) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    values = {"vocab_size": vocab_size, **architecture}
+    model_type = values.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(
+            f"{WHERE}.architecture.model_type: must be one that transformers knows, got {model_type}. Try llama."
+        )
+    known = CONFIG_MAPPING[model_type]().to_dict()
+    for key in values:
+        if key not in known and key not in ("rope_theta", "head_dim"):
+            raise InputError(f"{WHERE}.architecture: {model_type} has no option {key}. Correct or remove it.")
+    config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
+    return config
+
+
+def _check_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise InputError(
+            f"{WHERE}: the embedding must cover the tokenizer's {vocab_size} words, got {rows} rows. "
+            "Use the tokenizer that belongs to the model."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    """The first sentence of a library's message, as one line that ends in a full stop."""
+    line = " ".join(str(error).split("\n")[0].split())
+    return line.rstrip(".") + "."

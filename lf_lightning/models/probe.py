@@ -1,0 +1,111 @@
+"""Two questions to the user's own model before the first step, because no list of families could answer them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lf_lightning.models.backbone import Backbone
+from lf_lightning.types import IGNORE, InputError, OutputLayer, TokenBatch
+
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+"""Largest difference that rounding explains, as a share of the hidden states' deviation."""
+
+
+def check_output_layer(backbone: Backbone) -> None:
+    """Make sure that our way from hidden states to logits is the model's own.
+
+    Raises:
+        InputError: The model computes its logits in a way that `Backbone.output_layer` does not know.
+    """
+    input_ids = _words(backbone, 8)
+    with _quiet(backbone), backbone.padded_attention():
+        want = backbone.causal_lm(input_ids=input_ids, use_cache=False).logits.float()
+        got = backbone(_batch(input_ids, documents=None), kernel=_logits).float()
+    if not _close(got, want, backbone):
+        raise InputError(
+            f"model.init_args.backbone: the output layer of {type(backbone.causal_lm).__name__} is not a linear layer "
+            f"with bias, scale and softcap: logits differ by {(got - want).abs().max():.2g}. Use another model."
+        )
+
+
+def documents_are_isolated(backbone: Backbone) -> bool:
+    """Whether two documents in one row give what each gives alone, and the second does not see the first.
+
+    Models that carry state or position biases across a row (recurrent, convolutional, ALiBi) do not.
+    """
+    first, second, other = _words(backbone, 7, seed=1), _words(backbone, 9, seed=2), _words(backbone, 7, seed=3)
+    layout_was_free = backbone.is_padding_free
+    with _quiet(backbone):
+        backbone.set_layout("padded")
+        alone = [backbone(_batch(ids, documents=None), kernel=_hidden) for ids in (first, second)]
+        backbone.set_layout("padding_free")
+        try:
+            together = backbone(_batch(torch.cat([first, second], dim=1), documents=(7, 9)), kernel=_hidden)
+            changed = backbone(_batch(torch.cat([other, second], dim=1), documents=(7, 9)), kernel=_hidden)
+        except (TypeError, ValueError):  # a family that takes no positions, or builds a mask of its own
+            return False
+        finally:
+            backbone.set_layout("padding_free" if layout_was_free else "padded")
+    same = _close(together, torch.cat(alone, dim=1), backbone)
+    return same and bool((together[:, 7:] == changed[:, 7:]).all())
+
+
+def _hidden(hidden: Tensor, output_layer: OutputLayer, targets: Tensor) -> Tensor:
+    return hidden
+
+
+def _logits(hidden: Tensor, output_layer: OutputLayer, targets: Tensor) -> Tensor:
+    logits = hidden @ output_layer.weight.to(hidden.dtype).T
+    if output_layer.bias is not None:
+        logits = logits + output_layer.bias
+    logits = logits * output_layer.scale
+    cap = output_layer.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _words(backbone: Backbone, length: int, *, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = backbone.causal_lm.get_input_embeddings().weight.shape[0]
+    words = torch.randint(vocabulary, (1, length), generator=generator)
+    return words.to(next(backbone.parameters()).device)
+
+
+def _batch(input_ids: Tensor, *, documents: tuple[int, ...] | None) -> TokenBatch:
+    positions = None
+    if documents is not None:
+        positions = torch.cat([torch.arange(length, device=input_ids.device) for length in documents])[None]
+    return TokenBatch(
+        input_ids=input_ids,
+        targets=torch.full_like(input_ids, IGNORE),
+        positions=positions,
+        documents=documents,
+        num_units=1,
+        num_tokens=input_ids.shape[1],
+    )
+
+
+def _close(got: Tensor, want: Tensor, backbone: Backbone) -> bool:
+    tolerance = TOLERANCE[next(backbone.causal_lm.base_model.parameters()).dtype]
+    if torch.is_autocast_enabled(got.device.type):
+        tolerance = TOLERANCE[torch.bfloat16]
+    return bool(((got - want).abs().max() <= tolerance * want.float().std()).item())
+
+
+class _quiet:
+    """Evaluation mode without gradients, random state and mode put back afterwards."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+
+    def __enter__(self) -> None:
+        self._was_training = self._backbone.training
+        self._backbone.eval()
+        self._grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        self._random = torch.random.get_rng_state()
+
+    def __exit__(self, *_: object) -> None:
+        torch.random.set_rng_state(self._random)
+        torch.set_grad_enabled(self._grad)
+        self._backbone.train(self._was_training)

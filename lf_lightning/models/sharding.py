@@ -1,0 +1,50 @@
+"""FSDP2: parameters cut over ranks, block by block; and the norm of gradients that may be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from lf_lightning.models.adapters import decoder_blocks
+from lf_lightning.models.backbone import Backbone
+
+
+def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
+    """Shard every block, and the rest with the root, over the data-parallel dimension of a mesh.
+
+    Adapters form groups of their own, since a group holds one dtype. The kernel runs inside the root's forward, where
+    the output layer is whole.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    data_parallel = mesh["data_parallel"]
+    for block in decoder_blocks(backbone.causal_lm):
+        adapters = [
+            module for name, module in block.named_modules() if isinstance(module, nn.Linear) and "lora_" in name
+        ]
+        if adapters:
+            fully_shard(adapters, mesh=data_parallel)
+        fully_shard(block, mesh=data_parallel)
+    fully_shard(backbone, mesh=data_parallel)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale gradients so that their global norm over the whole mesh is at most `max_norm`.
+
+    Returns:
+        The norm before clipping; scalar. Zero where nothing has a gradient.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    if not trained:
+        return torch.zeros(())
+    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm is not None:
+        clip_grads_with_norm_(trained, max_norm, norm)
+    return norm

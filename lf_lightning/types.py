@@ -1,0 +1,229 @@
+"""The nouns of the house: what one room hands to another. This floor imports nothing of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Target of a position where nothing is predicted."""
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong. One line: what, where, got, do this. The gate prints it and exits with 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on although the input was accepted. One line, as InputError; the gate exits with 1."""
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[dict[str, Any], ...] = ()  # each {"name": str, "arguments": dict}; assistant turns only
+
+
+class Conversation(NamedTuple):
+    """One row of a dataset, whatever its format was: turns, the last one by the assistant where there is an answer to learn."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+class Segment(NamedTuple):
+    """A piece of rendered text that is tokenized on its own."""
+
+    text: str
+    learn: bool
+
+
+class Span(NamedTuple):
+    """Tokens `start` to `end` (exclusive) of document `document` of a token store."""
+
+    document: int
+    start: int
+    end: int
+
+
+class Unit(NamedTuple):
+    """What counts as one towards the global batch size: a sequence, or one pack of documents."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all spans together."""
+        return sum(span.end - span.start for span in self.spans)
+
+
+class TokenBatch(NamedTuple):
+    """Tokens of one micro-batch. B rows, T tokens a row; `padding_free` batches have one row that holds all units.
+
+    A *document* here is a stretch of tokens that attend to each other: a sequence, or a document of an isolated pack.
+    """
+
+    input_ids: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64: the token to predict at each position (already shifted), IGNORE where none counts
+    positions: Tensor | None  # (B, T) int64, restarting at 0 with each document; None where every row is one document
+    documents: tuple[int, ...] | None  # length of each document of the one row, in order; None in the padded layout
+    num_units: int  # units in this micro-batch; 0 for a filler
+    num_tokens: int  # tokens that are not padding; 0 for a filler
+
+
+class StepBatch(NamedTuple):
+    """One optimizer step on one rank: its micro-batches, at least one. In validation it holds exactly one."""
+
+    micro_batches: tuple[TokenBatch, ...]
+
+
+class LossSums(NamedTuple):
+    """What a stage computes from one micro-batch: sums, never means."""
+
+    terms: dict[str, Tensor]  # loss term -> scalar sum, with gradient
+    metrics: dict[str, Tensor]  # metric -> scalar sum, without gradient; divided by the count of the same name
+
+
+class Answer(NamedTuple):
+    """A generated answer beside the prompt and the answer that the data gives."""
+
+    row: int
+    prompt: str
+    predict: str
+    label: str
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to answer, padded on the left. B prompts, T tokens."""
+
+    input_ids: Tensor  # (B, T) int64
+    mask: Tensor  # (B, T) int64, 1 where the token is not padding
+    rows: tuple[int, ...]  # position of each prompt in its set; -1 for a filler
+    prompts: tuple[str, ...]  # the text of each prompt, as rendered
+    references: tuple[str, ...]  # the answer that the data gives, "" where it gives none
+
+
+class OutputLayer(NamedTuple):
+    """How hidden states become logits: cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap)."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Kernel(Protocol):
+    """What a stage hands to the backbone: called inside its forward, where the output layer's weights are whole."""
+
+    def __call__(self, hidden: Tensor, output_layer: OutputLayer, targets: Tensor) -> Any:
+        """Compute what the stage needs from hidden states (B, T, H) and targets (B, T)."""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The language model and its tokenizer.
+
+    Args:
+        path: Folder or hub name of a causal language model that transformers can load. Leave it empty to build a
+            model with random weights from `architecture`.
+        dtype: Type of the frozen weights. Trainable weights are always float32; `auto` is the type in the folder.
+        attention: Attention kernel: `auto` takes transformers' choice (sdpa where the model has it).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        architecture: Configuration of a model built from scratch, for example
+            `{model_type: llama, hidden_size: 128, num_hidden_layers: 2, ...}`. The vocabulary size is the tokenizer's
+            unless given.
+        tokenizer: Folder or hub name of the tokenizer, or `bytes` for one token per byte of UTF-8. Empty: `path`.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run model code that comes with the folder. Off unless you trust its author.
+    """
+
+    path: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool = False
+    architecture: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a spec that names no model or two.
+
+        Raises:
+            InputError: Neither or both of `path` and `architecture` are given, or a scratch model has no tokenizer.
+        """
+        if (self.path is None) == (self.architecture is None):
+            got = "both" if self.path else "neither"
+            raise InputError(
+                f"model.init_args.backbone: give either path or architecture, got {got}. Set path to a model folder."
+            )
+        if self.architecture is not None and self.tokenizer is None:
+            raise InputError(
+                "model.init_args.backbone.tokenizer: a model built from architecture needs a tokenizer, got none. "
+                "Set it to a folder, or to bytes."
+            )
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """How answers are generated.
+
+    Args:
+        max_new_tokens: Most tokens of an answer, > 0.
+        do_sample: Sample from the distribution; otherwise the likeliest token is taken each time (greedy).
+        temperature: Divides the logits before sampling, > 0.
+        top_p: Sample among the likeliest tokens that together have this probability, in (0, 1].
+        top_k: Sample among this many likeliest tokens; 0 means all.
+        num_beams: Beams of beam search; 1 means none.
+        repetition_penalty: Divides the logits of tokens already present, >= 1; 1 changes nothing.
+        batch_size: Prompts that are answered together, on each device.
+    """
+
+    max_new_tokens: int = 512
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset: a file with its format, as an entry of dataset_info.json says it or as written inline.
+
+    Args:
+        name: What messages and errors call it.
+        path: File or folder with the rows.
+        formatting: `alpaca` (instruction, input, output), `sharegpt` (a list of turns), `openai` (role and content),
+            or `text` (one text a row; what pt trains on).
+        columns: Our name of a column -> the file's name.
+        tags: sharegpt and openai: our name of a role or key -> the file's name.
+        ranking: The rows hold a chosen and a rejected answer.
+    """
+
+    name: str
+    path: Path
+    formatting: Literal["alpaca", "sharegpt", "openai", "text"] = "alpaca"
+    columns: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    ranking: bool = False
+
+
+Task = Literal["pt", "sft"]
+Layout = Literal["padded", "padding_free"]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a name such as `bfloat16`."""
+    dtype = getattr(torch, name)  # the names are a Literal of BackboneSpec: each is an attribute of torch
+    assert isinstance(dtype, torch.dtype)
+    return dtype
