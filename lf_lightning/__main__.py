@@ -20,6 +20,7 @@ COMMANDS = {
 }
 """Name of a command -> (`module:function`, what it does). The function takes the arguments after the name."""
 
+STOPPED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command and its arguments; those of the process where None.
 
     Returns:
-        The exit code: 2 where the input was wrong (one line on stderr says what), 130 after Ctrl-C, else the command's.
+        The exit code: 2 where the input was wrong, 1 where training could not go on (one line on stderr says why), 130
+        after Ctrl-C, else the command's.
     """
     arguments = sys.argv[1:] if argv is None else argv
     first = arguments[0] if arguments else ""
@@ -56,18 +58,18 @@ def run(entry: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("lf-lightning: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except ValueError as error:
-        from lf_lightning.types import InputError  # here, because it brings torch, which the front must not
+    except (ValueError, RuntimeError) as error:
+        from lf_lightning.types import InputError, TrainingStopped  # here: it brings torch, which the front must not
 
-        if not isinstance(error, InputError):
+        if not isinstance(error, InputError | TrainingStopped):
             raise
-        return report(str(error))
+        return report(str(error), code=BAD_INPUT if isinstance(error, InputError) else STOPPED)
 
 
-def report(message: str) -> int:
-    """Print a message as one line on stderr and return the exit code of bad input."""
+def report(message: str, *, code: int = BAD_INPUT) -> int:
+    """Print a message as one line on stderr and return the exit code."""
     print("lf-lightning: error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
-    return BAD_INPUT
+    return code
 
 
 def complaint(first: str) -> str:

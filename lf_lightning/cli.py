@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,10 +11,14 @@ from typing import Any, NoReturn
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lf_lightning.callbacks import AnswersTable, PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
+from lf_lightning.callbacks import PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
 from lf_lightning.callbacks.folder import complete_checkpoints
+from lf_lightning.callbacks.run_folder import refuse_mixing
+from lf_lightning.commands.refusal import refusal
+from lf_lightning.console import say
 from lf_lightning.data.datamodule import DataModule
 from lf_lightning.models import Tuning
 from lf_lightning.optim import OptimizerSpec
@@ -43,12 +45,12 @@ class GateParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Refuse the configuration.
+        """Refuse the configuration; parsers nest, so only the gate makes one line of it.
 
         Raises:
-            InputError: Always, with the message in one line.
+            ValueError: Always, with the parser's own message.
         """
-        raise InputError(one_line(message, known_keys(self)))
+        raise ValueError(message)
 
 
 class Gate(LightningCLI):
@@ -73,7 +75,10 @@ class Gate(LightningCLI):
             kwargs["check_val_every_n_epoch"] = None
         if not sys.stderr.isatty():
             kwargs["enable_progress_bar"] = False
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
 CKPT_PATH_HELP = (
@@ -95,7 +100,9 @@ def fit(argv: list[str]) -> int:
     asked = cli.config.ckpt_path
     ckpt_path = last_checkpoint(folder) if asked == "last" else _state_file(asked)
     if asked == "last" and ckpt_path is None:
-        print(f"lf-lightning: no complete checkpoint in {folder}: starting afresh", file=sys.stderr)
+        say(f"no complete checkpoint in {folder}: starting afresh")
+    if ckpt_path is None and not cli.config.overwrite:
+        refuse_mixing(folder)
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     return 0
 
@@ -133,7 +140,12 @@ def build(argv: list[str], verb: str) -> Gate:
     """
     quiet_libraries()
     set_parsing_settings(subclasses_enabled=[Tuning, OptimizerSpec])
-    return make_gate(argv, verb)
+    try:
+        return make_gate(argv, verb)
+    except InputError:
+        raise
+    except (ValueError, MisconfigurationException) as error:
+        raise InputError(refusal(str(error))) from error
 
 
 def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
@@ -189,20 +201,11 @@ def check_trainer(config: Namespace) -> None:
         )
 
 
-def known_keys(parser: LightningArgumentParser) -> list[str]:
-    """Every option of a parser, with dots."""
-    return [action.dest for action in parser._actions]
-
-
-def one_line(message: str, known: list[str]) -> str:
-    """The innermost complaint of a parser's message, in one line, with the nearest right name."""
-    return message
-
-
 def quiet_libraries() -> None:
     """Bars and hints of the libraries below us would bury our lines."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     from transformers.utils import logging as transformers_logging
 

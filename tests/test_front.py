@@ -78,7 +78,10 @@ def test_an_unknown_command_is_one_line_with_the_nearest_right_name(
 
 
 COMMANDS_OF_A_USER = """
-from lf_lightning.types import InputError
+from lf_lightning.types import InputError, TrainingStopped
+
+def stopped(arguments):
+    raise TrainingStopped("step 3: the loss is nan.")
 
 def wrong(arguments):
     raise InputError("a.yaml: must be\\n  right, got wrong. Mend it.")
@@ -103,7 +106,7 @@ def user_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "user_commands.py").write_text(COMMANDS_OF_A_USER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("wrong", "broken", "interrupted", "counted", "silent"):
+    for name in ("stopped", "wrong", "broken", "interrupted", "counted", "silent"):
         monkeypatch.setitem(COMMANDS, name, (f"user_commands:{name}", ""))
 
 
@@ -111,6 +114,12 @@ def user_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]):
     assert main(["wrong"]) == 2
     assert capsys.readouterr().err == "lf-lightning: error: a.yaml: must be right, got wrong. Mend it.\n"
+
+
+@pytest.mark.usefixtures("user_commands")
+def test_training_that_cannot_go_on_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]):
+    assert main(["stopped"]) == 1
+    assert capsys.readouterr().err == "lf-lightning: error: step 3: the loss is nan.\n"
 
 
 @pytest.mark.usefixtures("user_commands")

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lf_lightning.console import say
 
 from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, step_of, whole_folder
 from lf_lightning.types import InputError
@@ -113,7 +113,7 @@ class RunCheckpoint(ModelCheckpoint):
             _fill(trainer, pl_module, folder)
             trainer.strategy.barrier()
         self._step_of_final = trainer.global_step
-        rank_zero_info(f"saved {target}")
+        say(f"saved {target}")
 
     def _prune(self, trainer: Trainer) -> None:
         """Remove checkpoints that are neither the newest nor among the best."""

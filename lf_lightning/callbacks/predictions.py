@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lf_lightning.console import say
 
 from lf_lightning.callbacks.checkpoint import run_folder
 from lf_lightning.types import Answer
@@ -45,7 +45,7 @@ class WritePredictions(Callback):
                 {"prompt": answer.prompt, "predict": answer.predict, "label": answer.label} for answer in answers
             )
             path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            rank_zero_info(f"wrote {len(answers)} answers to {path}")
+            say(f"wrote {len(answers)} answers to {path}")
 
 
 def gather_answers(answers: Sequence[Answer]) -> list[Answer]:

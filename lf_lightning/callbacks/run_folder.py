@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lf_lightning.console import say
 
 from lf_lightning.callbacks.checkpoint import run_folder
 from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, step_of
@@ -29,30 +29,24 @@ class RunFolder(Callback):
     def __init__(self, *, overwrite: bool = False, config: str | None = None) -> None:
         self.overwrite, self.config = overwrite, config
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Clear up, before anything is loaded.
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clear up: only now does a trainer say whether it continues.
 
         Raises:
             InputError: The folder holds checkpoints that a fresh start would mix with its own.
         """
-        if stage != "fit":
-            return
         folder = run_folder(trainer)
         checkpoints = complete_checkpoints(folder)
-        if trainer.ckpt_path is None and checkpoints and not self.overwrite:  # type: ignore[attr-defined]
-            raise InputError(
-                f"{folder}: must be a new run folder, got one with {len(checkpoints)} complete checkpoints. "
-                "Continue with --ckpt_path last, or start afresh with --overwrite true."
-            )
+        if trainer.ckpt_path is None and not self.overwrite:
+            refuse_mixing(folder)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder)
-            ckpt_path = trainer.ckpt_path  # type: ignore[attr-defined]
-            if ckpt_path is None:
+            if trainer.ckpt_path is None:
                 _move_previous(folder, checkpoints)
             else:
-                _continue(folder, Path(ckpt_path))
+                _continue(folder, Path(trainer.ckpt_path))
             text = self.config or recipe_of(trainer, pl_module)
             (folder / "config.yaml").write_text(text)
             self._text = text
@@ -62,6 +56,20 @@ class RunFolder(Callback):
         """Put a model card beside the weights of final/."""
         if trainer.is_global_zero and not (folder / "trainer_state").exists():
             (folder / "README.md").write_text(model_card(trainer, pl_module, self._text))
+
+
+def refuse_mixing(folder: Path) -> None:
+    """Refuse to start afresh where complete checkpoints lie.
+
+    Raises:
+        InputError: As said.
+    """
+    checkpoints = complete_checkpoints(folder)
+    if checkpoints:
+        raise InputError(
+            f"{folder}: must be a new run folder, got one with {len(checkpoints)} complete checkpoints. "
+            "Continue with --ckpt_path last, or start afresh with --overwrite true."
+        )
 
 
 def model_card(trainer: Trainer, pl_module: LightningModule, config: str) -> str:
@@ -102,7 +110,7 @@ def _move_previous(folder: Path, checkpoints: list[Path]) -> None:
     previous.mkdir()
     for path in found:
         path.rename(previous / path.name)
-    rank_zero_info(f"moved the files of an older run to {previous}")
+    say(f"moved the files of an older run to {previous}")
 
 
 def _continue(folder: Path, ckpt_path: Path) -> None:
@@ -111,7 +119,7 @@ def _continue(folder: Path, ckpt_path: Path) -> None:
     cut_logs(folder, step)
     if (folder / "config.yaml").is_file():
         (folder / "config.yaml").rename(folder / f"config.{step}.yaml")
-    rank_zero_info(f"continuing at step {step} from {ckpt_path.parent.parent}")
+    say(f"continuing at step {step} from {ckpt_path.parent.parent}")
 
 
 def _remove(path: Path) -> None:

@@ -7,19 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
-from numpy.typing import NDArray
 
+from lf_lightning.console import say
+from lf_lightning.data.checks import check_options
 from lf_lightning.data.collate import prompt_batch, token_batch
 from lf_lightning.data.encode import EncodeOptions
-from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan
+from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan, micro_batch_rule
 from lf_lightning.data.loader import EvalLoader, StepLoader
-from lf_lightning.data.order import epoch_order, split_rows
-from lf_lightning.data.packing import block_units, knapsack_units, sequence_units
 from lf_lightning.data.prompts import Prompt, prompt_rows
+from lf_lightning.data.sets import EncodedSets, Names, Split
 from lf_lightning.data.sources import resolve_sources
 from lf_lightning.data.store import TokenStore, build_store
 from lf_lightning.data.templates import Template, load_template, stop_token_ids
@@ -30,9 +28,8 @@ from lf_lightning.types import BackboneSpec, InputError, Layout, PromptBatch, So
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Split = Literal["train", "val", "test", "predict"]
-
-DEFAULT_MICRO_BATCH_TOKENS = 8192
+SPLITS: tuple[Split, ...] = ("train", "val", "test", "predict")
+NOT_OPTIONS = ("self", "__class__", "backbone", "task")
 
 
 class DataModule(LightningDataModule):
@@ -105,59 +102,24 @@ class DataModule(LightningDataModule):
         cache_dir: str | None = None,
         num_workers: int | None = None,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "backbone", "task")}
+        arguments = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
         super().__init__()
+        check_options(**arguments)
         self.arguments = arguments
         """The options as they were given, without the two that the stage decides."""
-        if backbone is None:
-            raise InputError("data.backbone: must be the stage's backbone, got none. Pass DataModule(backbone, ...).")
-        _check_ranges(max_length=max_length, global_batch_size=global_batch_size, max_samples=max_samples)
-        if val_size < 0 or (val_size and eval_datasets):
-            got = f"{val_size} beside eval_datasets" if eval_datasets else val_size
-            raise InputError(f"data.val_size: must be 0 or more, and 0 beside eval_datasets, got {got}. Remove one.")
-        if isolate_documents is not None and packing == "none":
-            raise InputError(
-                f"data.isolate_documents: asks about packs, got {isolate_documents} with packing: none. "
-                "Remove it, or set data.packing."
-            )
-        if mask_history and train_on_prompt:
-            raise InputError("data.mask_history: excludes data.train_on_prompt, got both. Remove one.")
-        self.backbone = backbone
-        self.task: Task = task
-        self.names: dict[Split, Sequence[str | dict[str, Any]]] = {
-            "train": datasets,
-            "val": eval_datasets,
-            "test": test_datasets,
-            "predict": predict_datasets,
-        }
-        self.dataset_dir, self.template_name = dataset_dir, template
-        self.max_length, self.max_samples, self.val_size = max_length, max_samples, val_size
+        self.backbone, self.task = _given(backbone), task
+        self.names: dict[Split, Names] = dict(
+            zip(SPLITS, (datasets, eval_datasets, test_datasets, predict_datasets), strict=True)
+        )
         self.global_batch_size = global_batch_size
-        self.rule = _micro_batch_rule("", micro_batch_size, micro_batch_tokens) or MicroBatchRule(
-            None, DEFAULT_MICRO_BATCH_TOKENS
-        )
-        self.eval_rule = _micro_batch_rule("eval_", eval_micro_batch_size, eval_micro_batch_tokens) or self.rule
-        self.requested_layout, self.packing = layout, packing
+        self.rule = micro_batch_rule(micro_batch_size, micro_batch_tokens) or MicroBatchRule(None, 8192)
+        self.eval_rule = micro_batch_rule(eval_micro_batch_size, eval_micro_batch_tokens) or self.rule
         self.isolate_documents = packing == "knapsack" if isolate_documents is None else isolate_documents
-        self.shuffle = shuffle
         self.seed = global_seed() if seed is None else seed
-        self.options = EncodeOptions(
-            task=task,
-            max_length=max_length,
-            packing=packing,
-            train_on_prompt=train_on_prompt,
-            mask_history=mask_history,
-            history=history,
-        )
-        self.invalid_rows: Literal["stop", "skip"] = invalid_rows
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
-        self.num_workers = num_workers
+        self.options = EncodeOptions(task, max_length, packing, train_on_prompt, mask_history, history)
+        self.sets = EncodedSets(self._build, self.names, val_size=val_size, seed=self.seed)
         self._layout: Layout | None = None if layout == "auto" else layout
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._template: Template | None = None
-        self._stores: dict[Split, TokenStore] = {}
-        self._documents: dict[Split, NDArray[np.int64]] = {}
-        self._epoch_lengths: NDArray[np.int64] | None = None
 
     # ------------------------------------------------------------------ what stages and callbacks ask
 
@@ -166,7 +128,7 @@ class DataModule(LightningDataModule):
         """The tokenizer, with the template that the data is rendered with."""
         if self._tokenizer is None:
             tokenizer = load_tokenizer(self.backbone)
-            self._template = load_template(self.template_name, tokenizer, self.task)
+            self._template = load_template(self.arguments["template"], tokenizer, self.task)
             fit_tokenizer(tokenizer, self._template)
             self._tokenizer = tokenizer
         return self._tokenizer
@@ -174,7 +136,7 @@ class DataModule(LightningDataModule):
     @property
     def template(self) -> Template:
         """The chat template."""
-        assert self.tokenizer is not None and self._template is not None
+        assert self.tokenizer is not None  # reading it loads both
         return self._template
 
     @property
@@ -193,17 +155,17 @@ class DataModule(LightningDataModule):
         Raises:
             InputError: The configuration needs what the model cannot do.
         """
-        if self.requested_layout == "padding_free" and not padding_free:
+        if self.arguments["layout"] == "padding_free" and not padding_free:
             raise InputError(
                 "data.layout: padding_free needs a model whose documents do not see each other, "
                 "got one that failed the probe. Set data.layout: padded."
             )
-        if self.packing != "none" and self.isolate_documents and not padding_free:
+        if self.options.packing != "none" and self.isolate_documents and not padding_free:
             raise InputError(
                 "data.isolate_documents: needs a model whose documents do not see each other, "
                 "got one that failed the probe. Set it to false, or data.packing: none."
             )
-        if self.requested_layout == "auto":
+        if self.arguments["layout"] == "auto":
             self._layout = "padding_free" if padding_free else "padded"
         return self.layout
 
@@ -211,24 +173,26 @@ class DataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Encode what is not in the cache yet, on one process of each node."""
-        for split in ("train", "val", "test"):
+        for split in SPLITS[:3]:
             if self.names[split]:
-                self._build(split)
+                self._build(self.names[split])
 
     def setup(self, stage: str) -> None:
-        """Open the encoded data, report what was kept, cut and dropped, and choose the validation rows."""
-        wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("train", "val"), "test": ("test",)}
-        for split in wanted.get(stage, ()):
-            if split in self._stores or not self.names[split]:
-                continue
-            self._stores[split] = store = self._build(split)
-            self._documents[split] = np.arange(len(store))
-            for summary in store.summaries:
-                rank_zero_info(summary.line())
-        if "train" in self._stores and self.val_size:
-            self._split()
-        if stage == "fit" and not self.names["train"]:
-            raise InputError("data.datasets: must name what to train on, got none. Give at least one dataset.")
+        """Open the encoded sets and say what was kept, cut and dropped.
+
+        Raises:
+            InputError: There is nothing to do the stage with.
+        """
+        wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        splits = wanted.get(stage, ())
+        for split in splits[:1]:
+            if split not in self.sets:
+                option = {"train": "datasets", "val": "eval_datasets", "test": "test_datasets"}[split]
+                raise InputError(f"data.{option}: must name at least one dataset to {stage}, got none. Name one.")
+        for split in splits:
+            if split in self.sets and self.names[split]:
+                for line in self.sets.lines(split):
+                    say(line)
 
     def train_dataloader(self) -> StepLoader:
         """The optimizer steps of this rank."""
@@ -241,16 +205,10 @@ class DataModule(LightningDataModule):
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
         """The validation set in micro-batches; nothing where there is none."""
-        return EvalLoader(partial(self._eval_batches, "val")) if "val" in self._stores else []
+        return EvalLoader(partial(self._eval_batches, "val")) if "val" in self.sets else []
 
     def test_dataloader(self) -> EvalLoader:
-        """The test set in micro-batches.
-
-        Raises:
-            InputError: There is none.
-        """
-        if "test" not in self._stores:
-            raise InputError("data.test_datasets: must name what to test on, got none. Give at least one dataset.")
+        """The test set in micro-batches."""
         return EvalLoader(partial(self._eval_batches, "test"))
 
     def predict_dataloader(self) -> EvalLoader:
@@ -264,33 +222,28 @@ class DataModule(LightningDataModule):
 
     def units(self, split: Split, epoch: int = 0) -> list[Unit]:
         """The units of an epoch in their order: a function of (data, seed, epoch) alone."""
-        store, documents = self._stores[split], self._documents[split]
-        lengths = store.lengths[documents]
-        shuffle = self.shuffle and split == "train"
-        order = epoch_order(len(documents), seed=self.seed, epoch=epoch, shuffle=shuffle)
-        if self.packing == "none":
-            sequences = sequence_units(lengths)
-            units = [sequences[index] for index in order]
-        else:
-            make = block_units if self.packing == "blocks" else knapsack_units
-            packs = make(lengths, self.max_length, order)
-            pack_order = epoch_order(len(packs), seed=self.seed + 1, epoch=epoch, shuffle=shuffle)
-            units = [packs[index] for index in pack_order]
-        return [
-            Unit(tuple(span._replace(document=int(documents[span.document])) for span in unit.spans)) for unit in units
-        ]
+        return self.sets[split].units(
+            packing=self.options.packing,
+            max_length=self.options.max_length,
+            seed=self.seed,
+            epoch=epoch,
+            shuffle=self.arguments["shuffle"] and split == "train",
+        )
 
     def prompts(self, split: Split) -> list[Prompt]:
-        """The prompts of a set with the answers that the data gives; validation rows of a split training set too."""
+        """The prompts of a set with the answers that the data gives; validation rows of a split training set too.
+
+        Raises:
+            InputError: There is no such set.
+        """
         if split == "predict" and not self.names["predict"]:
             split = "val"
-        if split == "val" and not self.names["val"] and self.val_size:
-            self.setup("validate")
-            chosen = {self._row_key("val", document) for document in self._documents["val"]}
+        if split == "val" and not self.names["val"] and "val" in self.sets:
+            chosen = self.sets["val"].row_keys()
             everything = self._read_prompts(self.names["train"])
             return [prompt for prompt in everything if (prompt.source, prompt.row) in chosen]
         if not self.names[split]:
-            raise InputError(f"data.{split}_datasets: must name prompts to answer, got none. Give at least one dataset.")
+            raise InputError("data.predict_datasets: must name prompts to answer, got none. Name at least one dataset.")
         return self._read_prompts(self.names[split])
 
     def prompt_loader(self, split: Split, *, batch_size: int) -> EvalLoader:
@@ -308,49 +261,31 @@ class DataModule(LightningDataModule):
         place = strategy.distributed_sampler_kwargs
         return int(place["rank"]), int(place["num_replicas"])
 
-    def _sources(self, names: Sequence[str | dict[str, Any]]) -> list[Source]:
-        return resolve_sources(list(names), self.dataset_dir)
+    def _sources(self, names: Names) -> list[Source]:
+        return resolve_sources(list(names), self.arguments["dataset_dir"])
 
-    def _build(self, split: Split) -> TokenStore:
+    def _build(self, names: Names) -> TokenStore:
+        given = self.arguments
         return build_store(
-            self._sources(self.names[split]),
+            self._sources(names),
             self.options,
             self.tokenizer,
             self.template,
-            cache_dir=self.cache_dir,
-            num_workers=self.num_workers,
-            max_samples=self.max_samples,
-            invalid_rows=self.invalid_rows,
+            cache_dir=Path(given["cache_dir"]).expanduser() if given["cache_dir"] else None,
+            num_workers=given["num_workers"],
+            max_samples=given["max_samples"],
+            invalid_rows=given["invalid_rows"],
         )
 
-    def _read_prompts(self, names: Sequence[str | dict[str, Any]]) -> list[Prompt]:
+    def _read_prompts(self, names: Names) -> list[Prompt]:
         return prompt_rows(
             self._sources(names),
             self.tokenizer,
             self.template,
             task=self.task,
-            max_samples=self.max_samples,
-            invalid_rows=self.invalid_rows,
+            max_samples=self.arguments["max_samples"],
+            invalid_rows=self.arguments["invalid_rows"],
         )
-
-    def _row_key(self, split: Split, document: int) -> tuple[str, int]:
-        store = self._stores[split]
-        return store.names[store.source_index[document]], int(store.row[document])
-
-    def _split(self) -> None:
-        """Give the chosen rows, with all their documents, to validation."""
-        store = self._stores["train"]
-        keys = np.stack([store.source_index.astype(np.int64), np.asarray(store.row)])
-        rows, row_of_document = np.unique(keys, axis=1, return_inverse=True)
-        num_rows = rows.shape[1]
-        train, val = split_rows(num_rows, self.val_size, seed=self.seed)
-        if not len(train) or not len(val):
-            raise InputError(
-                f"data.val_size: must leave rows on both sides, got {self.val_size} of {num_rows} rows. Change it."
-            )
-        validates = np.isin(row_of_document.reshape(-1), val)
-        self._stores["val"] = store
-        self._documents["train"], self._documents["val"] = np.flatnonzero(~validates), np.flatnonzero(validates)
 
     def _arrange(self, units: Sequence[Unit]) -> StepBatch:
         rank, num_ranks = self._rank_and_size
@@ -361,7 +296,7 @@ class DataModule(LightningDataModule):
 
     def _collate(self, split: Split, units: Sequence[Unit], positions: Sequence[int]) -> Any:
         chosen = [units[position] for position in positions]
-        return token_batch(chosen, self._stores[split], layout=self.layout, isolate=self.isolate_documents)
+        return token_batch(chosen, self.sets[split].store, layout=self.layout, isolate=self.isolate_documents)
 
     def _eval_batches(self, split: Split) -> list[partial[StepBatch]]:
         units = self.units(split)
@@ -385,21 +320,8 @@ class DataModule(LightningDataModule):
         return batches
 
 
-def _check_ranges(*, max_length: int, global_batch_size: int, max_samples: int | None) -> None:
-    for name, value, least in (
-        ("max_length", max_length, 2),
-        ("global_batch_size", global_batch_size, 1),
-        ("max_samples", max_samples, 1),
-    ):
-        if value is not None and value < least:
-            raise InputError(f"data.{name}: must be at least {least}, got {value}. Raise it.")
-
-
-def _micro_batch_rule(prefix: str, size: int | None, tokens: int | None) -> MicroBatchRule | None:
-    names = f"data.{prefix}micro_batch_size", f"data.{prefix}micro_batch_tokens"
-    if size is not None and tokens is not None:
-        raise InputError(f"{names[0]}: excludes {names[1]}, got {size} and {tokens}. Remove one.")
-    for name, value in zip(names, (size, tokens), strict=True):
-        if value is not None and value < 1:
-            raise InputError(f"{name}: must be at least 1, got {value}. Raise it.")
-    return None if size is None and tokens is None else MicroBatchRule(size, tokens)
+def _given(backbone: BackboneSpec | None) -> BackboneSpec:
+    """Only the command line's parser may leave the backbone open for a moment."""
+    if backbone is None:
+        raise InputError("data.backbone: must be the stage's backbone, got none. Pass DataModule(backbone, ...).")
+    return backbone

@@ -111,7 +111,7 @@ def encode_rows(
         first_row: Number of the first row, for messages.
     """
     encode = _encode_texts if options.task == "pt" else _encode_conversations
-    return encode(rows, source, options, tokenizer, template, first_row)
+    return encode(rows, source, options, tokenizer, template, first_row=first_row)
 
 
 def token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Ids:
@@ -156,6 +156,7 @@ def _encode_texts(
     options: EncodeOptions,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
+    *,
     first_row: int,
 ) -> list[EncodedRow | RowProblem]:
     texts = _parsed(rows, first_row, lambda row: text_of(row, source) + template.end_of_text)
@@ -189,6 +190,7 @@ def _encode_conversations(
     options: EncodeOptions,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
+    *,
     first_row: int,
 ) -> list[EncodedRow | RowProblem]:
     def parse(row: dict[str, Any], join_turns: bool = True) -> Rendered:

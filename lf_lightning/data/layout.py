@@ -19,6 +19,11 @@ class MicroBatchRule(NamedTuple):
     tokens: int | None  # tokens including padding, > 0; None where `size` decides
 
 
+def micro_batch_rule(size: int | None, tokens: int | None) -> MicroBatchRule | None:
+    """The rule that the options say, None where they leave it open."""
+    return None if size is None and tokens is None else MicroBatchRule(size, tokens)
+
+
 def micro_batch_plan(lengths: Sequence[int], *, num_ranks: int, rule: MicroBatchRule, layout: Layout) -> Plan:
     """Lay the units of one step on ranks and micro-batches, the same number of micro-batches on every rank.
 

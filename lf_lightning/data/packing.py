@@ -5,10 +5,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lf_lightning.types import Span, Unit
 
+Lengths = Sequence[int] | NDArray[np.int64]
+"""Tokens of each document."""
 
-def sequence_units(lengths: Sequence[int]) -> list[Unit]:
+
+def sequence_units(lengths: Lengths) -> list[Unit]:
     """One unit for each document, in their order.
 
     Args:
@@ -17,7 +23,7 @@ def sequence_units(lengths: Sequence[int]) -> list[Unit]:
     return [Unit((Span(document, 0, int(length)),)) for document, length in enumerate(lengths)]
 
 
-def block_units(lengths: Sequence[int], max_length: int, order: Iterable[int]) -> list[Unit]:
+def block_units(lengths: Lengths, max_length: int, order: Iterable[int]) -> list[Unit]:
     """All documents in a row, cut every `max_length` tokens; the last block may be shorter, no token is lost.
 
     Args:
@@ -41,7 +47,7 @@ def block_units(lengths: Sequence[int], max_length: int, order: Iterable[int]) -
     return units
 
 
-def knapsack_units(lengths: Sequence[int], max_length: int, order: Iterable[int]) -> list[Unit]:
+def knapsack_units(lengths: Lengths, max_length: int, order: Iterable[int]) -> list[Unit]:
     """Packs of at most `max_length` tokens: into each goes the longest document that still fits, until none does.
 
     A document above `max_length` is cut: its full pieces are packs of their own, its tail is packed like a document.
@@ -68,7 +74,7 @@ def knapsack_units(lengths: Sequence[int], max_length: int, order: Iterable[int]
     return units
 
 
-def _shelves(lengths: Sequence[int], max_length: int, order: Iterable[int]) -> tuple[list[Unit], dict[int, list[Span]]]:
+def _shelves(lengths: Lengths, max_length: int, order: Iterable[int]) -> tuple[list[Unit], dict[int, list[Span]]]:
     """The full pieces of long documents, and all other spans by length, the first of `order` at the end of its list."""
     full: list[Unit] = []
     shelves: dict[int, list[Span]] = {}

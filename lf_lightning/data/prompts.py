@@ -55,7 +55,8 @@ def prompt_rows(
     prompts: list[Prompt] = []
     for source in sources:
         check_task(source, task)
-        prompts += _source_prompts(source, load_rows(source, max_samples), tokenizer, template, task, invalid_rows)
+        rows = load_rows(source, max_samples)
+        prompts += _source_prompts(source, rows, tokenizer, template, task=task, invalid_rows=invalid_rows)
     return prompts
 
 
@@ -64,6 +65,7 @@ def _source_prompts(
     rows: list[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
+    *,
     task: Task,
     invalid_rows: InvalidRows,
 ) -> list[Prompt]:

@@ -177,8 +177,11 @@ def prompt_segments(
     """
     asked = _asked(conversation, template)
     text = _render(asked, template.jinja, tokenizer, prompt=True)
-    cuts = _message_ends(asked, template, tokenizer) if template.by_message else []
-    return _pieces(text, 0, len(text), cuts, learn=False)
+    if not template.by_message:
+        return (Segment(text, False),)
+    cuts = _message_ends(asked, template, tokenizer)
+    cuts += [edge for view in _views(asked, template, tokenizer) for edge in (view.cut, len(view.text))]
+    return _pieces(text, 0, len(text), sorted(cuts), learn=False)
 
 
 def _asked(conversation: Conversation, template: Template) -> Conversation:
@@ -229,7 +232,7 @@ def segments_of(
     messages = conversation.messages
     assert messages[-1].role == "assistant"
     _check_tools(conversation, template)
-    views = [_view(conversation, i, template, tokenizer) for i, m in enumerate(messages) if m.role == "assistant"]
+    views = _views(conversation, template, tokenizer)
     chained = all(
         later.text.startswith(earlier.text) and later.cut >= len(earlier.text) for earlier, later in pairwise(views)
     )
@@ -247,11 +250,17 @@ def segments_of(
     return Rendered(tuple((_closed(turn, template),) for turn in turns), "last_turn" if last_only else "per_turn")
 
 
-def _view(conversation: Conversation, index: int, template: Template, tokenizer: PreTrainedTokenizerBase) -> _View:
-    before, after = (Conversation(conversation.messages[:end], conversation.tools) for end in (index, index + 1))
-    prompt = _render(before, template.jinja, tokenizer, prompt=True)
-    text = _render(after, template.jinja, tokenizer, prompt=False)
-    return _View(_common_length(prompt, text), text)
+def _views(conversation: Conversation, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[_View]:
+    views = []
+    for index, message in enumerate(conversation.messages):
+        if message.role == "assistant":
+            before, after = (
+                Conversation(conversation.messages[:end], conversation.tools) for end in (index, index + 1)
+            )
+            prompt = _render(before, template.jinja, tokenizer, prompt=True)
+            text = _render(after, template.jinja, tokenizer, prompt=False)
+            views.append(_View(_common_length(prompt, text), text))
+    return views
 
 
 def _common_length(a: str, b: str) -> int:

@@ -43,9 +43,11 @@ def load_tokenizer(spec: BackboneSpec) -> PreTrainedTokenizerBase:
             name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        reason = f"it misses {reason}" if isinstance(error, KeyError) else reason
+        where = name if Path(name).expanduser().exists() else f"{name}, which is no folder here"
         raise InputError(
-            f"{key}: no tokenizer can be read from {name!r}: {reason[:200]}. Give a folder that save_pretrained wrote."
+            f"{key}: no tokenizer can be read from {where}: {reason}. Give a folder that save_pretrained wrote."
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or str(tokenizer.convert_ids_to_tokens(0))

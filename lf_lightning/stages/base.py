@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lf_lightning.console import say
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -136,14 +136,13 @@ class Stage(LightningModule, ABC):
         if data is not None:
             backbone.causal_lm.generation_config.eos_token_id = data.stop_token_ids
             backbone.causal_lm.generation_config.pad_token_id = data.tokenizer.pad_token_id
-        folder = self.weights_folder or _resumed_folder(self.trainer.ckpt_path)
-        if folder is not None:
-            load_weights(backbone, folder)
+        if self.weights_folder is not None:
+            load_weights(backbone, self.weights_folder)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard(backbone, self.device_mesh)
         self._backbone = backbone.train()
         trained, everything = backbone.num_parameters()
-        rank_zero_info(f"model: {trained:,} of {everything:,} parameters train ({100 * trained / everything:.2f} %)")
+        say(f"model: {trained:,} of {everything:,} parameters train ({100 * trained / everything:.2f} %)")
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer of the trainable parameters, and its schedule in optimizer steps."""
@@ -181,7 +180,7 @@ class Stage(LightningModule, ABC):
             self._padding_free = bool(self._reduce(verdict, "min"))
         layout = data.resolve_layout(padding_free=self._padding_free)
         self.backbone.set_layout(layout)
-        rank_zero_info(f"data.layout: {layout}" + ("" if self._padding_free else " (documents of a row are not apart)"))
+        say(f"data.layout: {layout}" + ("" if self._padding_free else " (documents of a row are not apart)"))
 
     # ------------------------------------------------------------------ the step
 
@@ -232,7 +231,7 @@ class Stage(LightningModule, ABC):
                 "this step, or set model.init_args.non_finite: skip."
             )
         self.num_skipped_steps += 1
-        rank_zero_info(f"step {step}: skipped, the {what} is not finite ({found}); {self.num_skipped_steps} so far")
+        say(f"step {step}: skipped, the {what} is not finite ({found}); {self.num_skipped_steps} so far")
         optimizer.zero_grad(set_to_none=True)
 
     def _seed_random_layers(self, micro_batch: int) -> None:
@@ -367,7 +366,7 @@ class Stage(LightningModule, ABC):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with the state of the run, and with the layout that it had settled on."""
+        """Continue with the weights of the checkpoint's folder, and with the layout that the run had settled on."""
         state = checkpoint["stage"]
         if state["name"] != type(self).__name__:
             raise InputError(
@@ -376,6 +375,7 @@ class Stage(LightningModule, ABC):
             )
         self._padding_free = state["padding_free"]
         self.total_tokens, self.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
+        load_weights(self.backbone, Path(str(self.trainer.ckpt_path)).parent.parent)
 
     def on_train_start(self) -> None:
         """What the configuration says of the optimizer beats what a checkpoint remembers."""
@@ -416,8 +416,3 @@ class Stage(LightningModule, ABC):
 def _add(sums: dict[str, Tensor], found: LossSums) -> None:
     for name, value in {**found.terms, **found.metrics}.items():
         sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-
-
-def _resumed_folder(ckpt_path: Any) -> Path | None:
-    """The checkpoint folder of a path to its trainer_state/state.ckpt."""
-    return None if not ckpt_path else Path(ckpt_path).parent.parent

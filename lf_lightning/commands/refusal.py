@@ -1,0 +1,169 @@
+"""What a parser says about a configuration, as one line: what, where, got, do this."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+
+from lightning.pytorch import Callback, Trainer
+
+from lf_lightning.callbacks import RunCheckpoint
+from lf_lightning.data.datamodule import DataModule
+from lf_lightning.models import Tuning
+from lf_lightning.optim import OptimizerSpec, ScheduleSpec
+from lf_lightning.stages import PT, SFT
+from lf_lightning.types import BackboneSpec, GenerationSpec
+
+OWNERS: dict[str, tuple[type, ...]] = {
+    "model": (PT, SFT),
+    "backbone": (BackboneSpec,),
+    "schedule": (ScheduleSpec,),
+    "generation": (GenerationSpec,),
+    "tuning": tuple(Tuning.__subclasses__()),
+    "optimizer": tuple(OptimizerSpec.__subclasses__()),
+    "data": (DataModule,),
+    "trainer": (Trainer,),
+    "checkpoint": (RunCheckpoint,),
+    "callbacks": tuple(Callback.__subclasses__()),
+}
+"""Name of a group of options -> the classes whose arguments they are."""
+
+CHOICES = ("model", "tuning", "optimizer", "callbacks")
+"""Groups that hold a class_path, with the options below init_args."""
+
+TOP = ("seed_everything", "trainer", "checkpoint", "model", "data", "ckpt_path", "overwrite", "config", "print_config")
+
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Sequence": "a list"}
+
+
+def refusal(message: str) -> str:
+    """Turn a parser's message into one line.
+
+    Args:
+        message: Several lines of nested complaints, the innermost last.
+    """
+    ours = re.search(r"(?:^|- )((?:model|data|trainer|checkpoint)\.[\w.]+: (?:must|excludes|give|asks) .*)", message)
+    if ours:
+        return ours[1]
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    for pattern, explain in PATTERNS:
+        found = re.search(pattern, message, re.DOTALL)
+        if found:
+            return explain(keys, found, message)
+    kept = (line.strip() for line in message.splitlines() if not re.search(r"Subtypes:|NoneType|Given value", line))
+    return " ".join(line for line in kept if line)
+
+
+def _unknown_argument(keys: list[str], found: re.Match[str], message: str) -> str:
+    option = found[1].split("=")[0].lstrip("-")
+    return _unknown(_path(keys, inside=True), option)
+
+
+def _unknown_option(keys: list[str], found: re.Match[str], message: str) -> str:
+    return _unknown(_path(keys, inside=True), found[1])
+
+
+def _unknown_in_group(keys: list[str], found: re.Match[str], message: str) -> str:
+    return _unknown(".".join(filter(None, (_path(keys, inside=True), found[1]))), found[2])
+
+
+def _unknown(path: str, option: str) -> str:
+    where = ".".join(filter(None, (path, option)))
+    *above, leaf = [part for part in where.split(".") if part != "init_args"]
+    first_wrong = next((part for part in where.split(".")[:1] if part not in TOP), None)
+    if first_wrong is not None:
+        return f"{where}: there is no such option. {_hint(first_wrong, TOP)}"
+    names = list(_options(above[-1])) if above and above[-1] in OWNERS else [n for o in OWNERS for n in _options(o)]
+    return f"{where}: there is no such option. {_hint(leaf, names)}"
+
+
+def _wrong_class(keys: list[str], found: re.Match[str], message: str) -> str:
+    path = _path(keys)
+    group = path.rsplit(".", 1)[-1]
+    names = sorted(kind.__name__ for kind in OWNERS.get(group, ()))
+    return f"{path}.class_path: must name a class, got {found[1]}. {_hint(found[1], names)}"
+
+
+def _wrong_choice(keys: list[str], found: re.Match[str], message: str) -> str:
+    names = re.findall(r"'([^']*)'", found[1])
+    return f"{_path(keys)}: must be one of {', '.join(names)}, got {_value(message)}. {_hint(_value(message), names)}"
+
+
+def _wrong_type(keys: list[str], found: re.Match[str], message: str) -> str:
+    kinds = [kind.rsplit(".", 1)[-1] for kind in re.findall(r"Expected a <class '([^']+)'>", message)]
+    texts = dict.fromkeys(TYPES.get(kind, kind) for kind in kinds if kind not in ("NoneType", "Stage"))
+    empty = " or null" if "NoneType" in kinds and _path(keys) not in CHOICES and "model" not in keys[-1:] else ""
+    return f"{_path(keys)}: must be {' or '.join(texts)}{empty}, got {_value(message)}. Correct the value."
+
+
+def _wrong_tuple(keys: list[str], found: re.Match[str], message: str) -> str:
+    return f"{_path(keys)}: must be a list of {found[1]}, got {_value(message)}. Correct the value."
+
+
+def _missing_file(keys: list[str], found: re.Match[str], message: str) -> str:
+    return f"--config: must be a file, got {found[1]}, which does not exist. Correct the path."
+
+
+def _broken_yaml(keys: list[str], found: re.Match[str], message: str) -> str:
+    problem = " ".join(found[1].replace('in "<unicode string>",', "at").split())
+    return f"--config: must be YAML, got a file that cannot be read {problem}. Correct it there."
+
+
+def _missing(keys: list[str], found: re.Match[str], message: str) -> str:
+    if "model" in found[1]:
+        return "model: must say which stage runs, got nothing. Give --config FILE with model.class_path: SFT."
+    return f"{'.'.join(filter(None, (_path(keys, inside=True), found[1].strip())))}: is required, got nothing. Give it."
+
+
+def _linked(keys: list[str], found: re.Match[str], message: str) -> str:
+    return f"{found[2]}: is taken from {found[1]}, got a value of its own. Remove it."
+
+
+PATTERNS = (
+    (r"argument (?:\w+\()?([\w.]+)\)? --> ([\w.]+):", _linked),
+    (r"File does not exist: '([^']*)'", _missing_file),
+    (r"Problems parsing config:\s*(.*)", _broken_yaml),
+    (r"following arguments are required: ([^\n]+)", _missing),
+    (r"unrecognized arguments: (\S+)", _unknown_argument),
+    (r"Group '([^']+)' does not accept option '([^']+)'", _unknown_in_group),
+    (r"Option '([^']+)' is not accepted", _unknown_option),
+    (r"Expected a typing.Literal\[([^\]]*)\]", _wrong_choice),
+    (r"Expected a tuple with (\d+) elements", _wrong_tuple),
+    (r"Expected a dot import path string: (\S+)", _wrong_class),
+    (r"Expected a <class '[^']+'>", _wrong_type),
+)
+"""What a parser says -> how we say it; the first that fits."""
+
+
+def _path(keys: list[str], *, inside: bool = False) -> str:
+    """The place in the YAML of nested parser keys; `inside` the class that the last key chooses."""
+    parts: list[str] = []
+    for index, key in enumerate(keys):
+        parts.append(key)
+        if key.rsplit(".", 1)[-1] in CHOICES and (inside or index < len(keys) - 1):
+            parts.append("init_args")
+    return ".".join(parts)
+
+
+def _options(owner: str) -> Iterator[str]:
+    """Names of the arguments of the classes behind a group."""
+    for kind in OWNERS[owner]:
+        yield from (name for name in inspect.signature(kind).parameters if name not in ("self", "args", "kwargs"))
+
+
+def _value(message: str) -> str:
+    """What the user gave."""
+    nested = re.search(r"Got value: ([^\n]*)", message) or re.search(r"val='?(.*?)'?\)\s*$", message)
+    given = nested or re.search(r"Given value: ([^\n]*)", message)
+    return given[1].strip() if given else "something else"
+
+
+def _hint(word: str, names: Iterable[str]) -> str:
+    """The nearest right name, or all of them where few."""
+    known = sorted(set(names))
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if near:
+        return f"Did you mean {near[0]}?"
+    return f"Choose among {', '.join(known)}." if len(known) <= 12 else "See --help."

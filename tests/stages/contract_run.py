@@ -1,0 +1,127 @@
+"""Fits the cases of the step contract with a real Trainer and writes what each rank saw; started by test_contract.py.
+
+    python contract_run.py <folder> <ranks>
+
+reads <folder>/cases.json, a list of cases, and writes <folder>/<name>.<rank>.pt for each. All cases share one start-up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.nn.functional import rms_norm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import lf_lightning
+from lf_lightning import AdamW, BackboneSpec, DataModule, Full, ScheduleSpec
+
+SEED = 3
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,  # far from uniform predictions, so that every gradient matters
+}
+ADAMW = {"lr": 1e-2, "eps": 1e-2}  # a large eps: rounding of a gradient near zero must not become a sign
+
+
+def backbone_spec(case: dict[str, Any]) -> BackboneSpec:
+    """The model of a case."""
+    architecture = {**LLAMA, "tie_word_embeddings": case["tied"]}
+    return BackboneSpec(architecture=architecture, tokenizer="bytes", dtype=case["dtype"], attention=case["attention"])
+
+
+def exact_norm(norm: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+    """Llama's norm in the type of its input: transformers rounds to float32 inside, which would hide what is smaller."""
+    return rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+class Recorder(Callback):
+    """Keep the gradients, losses and micro-batches of every step, as this rank sees them."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.losses: list[float] = []
+        self.micro_batches: list[list[tuple[int, int, tuple[int, ...]]]] = []
+        self.evaluated_units: list[int] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep units, tokens and shape of each micro-batch."""
+        self.micro_batches.append([(mb.num_units, mb.num_tokens, tuple(mb.input_ids.shape)) for mb in batch.micro_batches])
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Keep the gradients."""
+        parameters = pl_module.backbone.causal_lm.named_parameters()
+        self.gradients.append({name: parameter.grad.clone() for name, parameter in parameters})
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the logged loss."""
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        """Keep how many units the batch holds."""
+        (micro_batch,) = batch.micro_batches
+        self.evaluated_units.append(micro_batch.num_units)
+
+
+def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
+    """Train one case and tell what this rank saw."""
+    seed_everything(SEED)
+    spec = backbone_spec(case)
+    stage = getattr(lf_lightning, case["stage"])(
+        spec, Full(), AdamW(**ADAMW), ScheduleSpec(kind="constant"), max_grad_norm=None
+    )
+    stage.configure_callbacks = list  # no run folder: only the numbers of the step are looked at
+    data = DataModule(spec, case["stage"].lower(), cache_dir=str(folder / "cache"), **case["data"])
+    recorder = Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        strategy="ddp" if num_ranks > 1 else "auto",
+        devices=num_ranks,
+        max_epochs=case["epochs"],
+        log_every_n_steps=1,
+        callbacks=[recorder],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    trainer.fit(stage, data)
+    return {
+        "layout": data.layout,
+        "gradients": recorder.gradients,
+        "losses": recorder.losses,
+        "micro_batches": recorder.micro_batches,
+        "evaluated_units": recorder.evaluated_units,
+        "val_loss": float(trainer.callback_metrics["val/loss"]),
+        "val_accuracy": float(trainer.callback_metrics["val/accuracy"]),
+    }
+
+
+def main() -> None:
+    """Fit every case; each rank writes its own files."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    LlamaRMSNorm.forward = exact_norm
+    folder, num_ranks = Path(sys.argv[1]), int(sys.argv[2])
+    for case in json.loads((folder / "cases.json").read_text()):
+        record = fit(case, num_ranks, folder)
+        rank = torch.distributed.get_rank() if num_ranks > 1 else 0
+        torch.save(record, folder / f"{case['name']}.{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
