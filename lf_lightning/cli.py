@@ -1,4 +1,4 @@
-"""The gate: LightningCLI with our schema. Each verb parses, builds trainer, stage and data, and runs one Trainer method."""
+"""The gate: LightningCLI with our schema. A verb builds trainer, stage and data, and runs one Trainer method."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lf_lightning.callbacks import PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
@@ -167,7 +167,8 @@ def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
         **options,
     )
     text = gate.parser.dump(gate.config, skip_none=False)
-    gate.trainer.callbacks.insert(0, RunFolder(overwrite=gate.config.overwrite, config=text))
+    trainer: Any = gate.trainer  # Lightning leaves its callbacks untyped
+    trainer.callbacks.insert(0, RunFolder(overwrite=gate.config.overwrite, config=text))
     return gate
 
 

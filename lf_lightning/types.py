@@ -16,7 +16,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. One line: what, where, got, do this. The gate prints it and exits with 2."""
+    """Something that the user gave is wrong, in one line: what, where, got, do this. The gate then exits with 2."""
 
 
 class TrainingStopped(RuntimeError):
@@ -32,7 +32,7 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """One row of a dataset, whatever its format was: turns, the last one by the assistant where there is an answer to learn."""
+    """One row of a dataset, whatever its format was: its turns, with an assistant's last where there is an answer."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -111,7 +111,7 @@ class PromptBatch(NamedTuple):
 
 
 class OutputLayer(NamedTuple):
-    """How hidden states become logits: cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap)."""
+    """How hidden states become logits: cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap tanh(x / softcap)."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None = None  # (V,)

@@ -35,12 +35,11 @@ class AnswersTable(Callback):
         if trainer.is_global_zero:
             self._print(trainer, after)
 
-    def _answers(self, trainer: Trainer, pl_module: LightningModule) -> list[Answer]:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        loader = data.prompt_loader("val", batch_size=pl_module.generation.batch_size)
+    def _answers(self, trainer: Trainer, stage: Any) -> list[Answer]:
+        loader = stage.data.prompt_loader("val", batch_size=stage.generation.batch_size)
         found: list[Answer] = []
         for batch in loader:
-            found.extend(pl_module.answers(pl_module.transfer_batch_to_device(batch, pl_module.device, 0)))
+            found.extend(stage.answers(stage.transfer_batch_to_device(batch, stage.device, 0)))
         return gather_answers(found)
 
     @rank_zero_only

@@ -7,15 +7,15 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lf_lightning.console import say
 
 from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, step_of, whole_folder
+from lf_lightning.console import say
 from lf_lightning.types import InputError
 
 
 @runtime_checkable
 class SavesPretrained(Protocol):
-    """A callback or a module that adds files to every checkpoint and to the final folder, before they get their name."""
+    """A callback that adds files to every checkpoint and to the final folder, before they get their name."""
 
     def on_save_pretrained(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
         """Add files to the folder; called on every rank."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lf_lightning.console import say
 
 from lf_lightning.callbacks.checkpoint import run_folder
+from lf_lightning.console import say
 from lf_lightning.types import Answer
 
 PREDICTIONS = "generated_predictions.jsonl"
@@ -41,9 +41,7 @@ class WritePredictions(Callback):
         if trainer.is_global_zero:
             path = run_folder(trainer) / PREDICTIONS
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = (
-                {"prompt": answer.prompt, "predict": answer.predict, "label": answer.label} for answer in answers
-            )
+            lines = ({"prompt": answer.prompt, "predict": answer.predict, "label": answer.label} for answer in answers)
             path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             say(f"wrote {len(answers)} answers to {path}")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lf_lightning.callbacks.run_log import log_is_due
+from lf_lightning.console import say
 
 
 class PlainProgress(Callback):
@@ -16,20 +17,18 @@ class PlainProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print the step where it was logged."""
-        step = trainer.global_step
-        due = step % trainer.log_every_n_steps == 0 or step == trainer.estimated_stepping_batches  # type: ignore[attr-defined]
-        if due and trainer.is_global_zero:
+        if log_is_due(trainer):
             metrics = trainer.callback_metrics
             loss, speed = float(metrics["loss"]), float(metrics["tokens/s"])
             total = int(trainer.estimated_stepping_batches)
-            print(f"step {step}/{total}  loss {loss:.4f}  {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+            say(f"step {trainer.global_step}/{total}  loss {loss:.4f}  {speed:,.0f} tokens/s")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the values of the set."""
-        if trainer.is_global_zero and not trainer.sanity_checking:
+        if not trainer.sanity_checking:
             values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            print(f"step {trainer.global_step}  {line}", file=sys.stderr, flush=True)
+            say(f"step {trainer.global_step}  {line}")
 
     def on_predict_batch_end(
         self,
@@ -42,5 +41,5 @@ class PlainProgress(Callback):
     ) -> None:
         """Print how far the prediction is."""
         total = int(trainer.num_predict_batches[0])
-        if trainer.is_global_zero and ((batch_idx + 1) * 10 // total) > (batch_idx * 10 // total):
-            print(f"batch {batch_idx + 1}/{total}", file=sys.stderr, flush=True)
+        if (batch_idx + 1) * 10 // total > batch_idx * 10 // total:
+            say(f"batch {batch_idx + 1}/{total}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lf_lightning.console import say
 
 from lf_lightning.callbacks.checkpoint import run_folder
 from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, step_of
 from lf_lightning.callbacks.recipe import recipe_of
 from lf_lightning.callbacks.run_log import CSV, JSONL, RESULTS, cut_logs
+from lf_lightning.console import say
 from lf_lightning.types import InputError
 
 OF_A_RUN = ("config.yaml", JSONL, CSV, RESULTS, "final", "generated_predictions.jsonl")
@@ -72,16 +73,16 @@ def refuse_mixing(folder: Path) -> None:
         )
 
 
-def model_card(trainer: Trainer, pl_module: LightningModule, config: str) -> str:
+def model_card(trainer: Trainer, stage: Any, config: str) -> str:
     """A model card in the hub's form: base model, data, last values, configuration."""
-    spec = pl_module.backbone_spec
+    spec = stage.backbone_spec
     data = trainer.datamodule  # type: ignore[attr-defined]
     names = [str(name) for name in data.names["train"]] if data is not None else []
     metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if "/" in name}
-    head = ["---", "library_name: " + ("peft" if pl_module.backbone.is_adapter else "transformers")]
+    head = ["---", "library_name: " + ("peft" if stage.backbone.is_adapter else "transformers")]
     head += [f"base_model: {spec.path}"] if spec.path else []
     head += ["tags: [lf-lightning, text-generation]", "---", ""]
-    body = [f"# {run_folder(trainer).name}", "", f"Trained by lf_lightning's {type(pl_module).__name__} stage.", ""]
+    body = [f"# {run_folder(trainer).name}", "", f"Trained by lf_lightning's {type(stage).__name__} stage.", ""]
     body += [f"- base model: {spec.path or 'none, built from an architecture'}", f"- data: {', '.join(names)}"]
     body += [f"- optimizer steps: {trainer.global_step}", ""]
     table = ["| value | at the end |", "|---|---|"] + [f"| {name} | {value:.6g} |" for name, value in metrics.items()]

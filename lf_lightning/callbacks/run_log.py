@@ -16,27 +16,29 @@ from lf_lightning.callbacks.checkpoint import run_folder
 JSONL, CSV, RESULTS = "trainer_log.jsonl", "metrics.csv", "all_results.json"
 
 
+def log_is_due(trainer: Trainer) -> bool:
+    """Whether the optimizer step just made is logged: every `log_every_n_steps`-th, and the last one."""
+    step = trainer.global_step
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a plain attribute of Trainer
+    return step % max(every, 1) == 0 or step == trainer.estimated_stepping_batches
+
+
 class RunLog(Callback):
     """Write one line per logging step and per validation, and the last values at the end."""
 
     def __init__(self) -> None:
         self._start = 0.0
         self._step_at_start = 0
-        self._last_logged = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start, self._step_at_start = time.time(), trainer.global_step
-        self._last_logged = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the step where the stage has logged it."""
-        step = trainer.global_step
-        due = step % trainer.log_every_n_steps == 0 or step == trainer.estimated_stepping_batches  # type: ignore[attr-defined]
-        if due and step != self._last_logged and trainer.is_global_zero:
-            self._last_logged = step
+        if log_is_due(trainer) and trainer.is_global_zero:
             values = _values(trainer, "train/")
             row = {
                 **self._progress(trainer),

@@ -46,7 +46,7 @@ def micro_batch_plan(lengths: Sequence[int], *, num_ranks: int, rule: MicroBatch
 
 
 def _rank_shares(lengths: Sequence[int], num_ranks: int, *, even_counts: bool) -> list[list[int]]:
-    """Longest first, each unit to the rank with the fewest tokens; with `even_counts` no rank holds more than its share."""
+    """Longest first, each unit to the rank with the fewest tokens; with `even_counts` no rank exceeds its share."""
     longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     capacity = -(-len(lengths) // num_ranks) if even_counts else len(lengths)
     shares: list[list[int]] = [[] for _ in range(num_ranks)]

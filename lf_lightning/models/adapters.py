@@ -120,7 +120,7 @@ class LoRA(Tuning):
             _check_targets(model, target)
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
+            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]  # takes floats
             lora_dropout=self.dropout,
             target_modules=target,
             task_type="CAUSAL_LM",

@@ -132,7 +132,8 @@ def _checked(documents: tuple[int, ...] | None, attention_mask: Tensor | None, q
             "document attention was called without document lengths or with a mask: it would silently ignore padding. "
             "Call it through Backbone, or use Backbone.padded_attention() for generation."
         )
-    assert query.shape[0] == 1 and sum(documents) == query.shape[2], "documents must fill the one row"
+    assert query.shape[0] == 1, "documents lie in one row"
+    assert sum(documents) == query.shape[2], "documents fill the row"
     return list(documents)
 
 

@@ -1,10 +1,10 @@
-"""The language model as the stages see it: tokens in, what the stage's kernel makes of hidden states and output layer out."""
+"""The language model as the stages see it: tokens in, what the stage's kernel makes of hidden states out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -41,7 +41,10 @@ class Backbone(nn.Module):
         """The transformers model, without peft's wrapper."""
         from peft import PeftModel
 
-        causal_lm: PreTrainedModel = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        model: Any = self.model
+        if isinstance(model, PeftModel):
+            model = cast("Any", model.get_base_model())
+        causal_lm: PreTrainedModel = model
         return causal_lm
 
     @property
@@ -112,10 +115,22 @@ class Backbone(nn.Module):
         finally:
             self.set_layout(layout)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: words that the model can read."""
+        return embedding_rows(self.causal_lm)
+
     def num_parameters(self) -> tuple[int, int]:
         """Trainable and all parameters."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+def embedding_rows(causal_lm: PreTrainedModel) -> int:
+    """Words that a model can read."""
+    weight = causal_lm.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:

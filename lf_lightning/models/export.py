@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,7 +28,7 @@ def save_weights(backbone: Backbone, folder: Path, *, base: str | None) -> None:
     if backbone.is_adapter:
         for config in backbone.model.peft_config.values():
             config.base_model_name_or_path = base
-        backbone.model.save_pretrained(folder, save_embedding_layers=False)
+        backbone.model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty model card
     else:
         backbone.causal_lm.save_pretrained(folder)
@@ -84,7 +85,7 @@ def _load_adapter(backbone: Backbone, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise InputError(f"{folder}: must hold adapter_model.safetensors, got none. Give the folder of an adapter.")
-    result = set_peft_model_state_dict(backbone.model, load_file(path))
+    result: Any = set_peft_model_state_dict(backbone.model, load_file(path))
     missing = [key for key in result.missing_keys if "lora_" in key]
     if missing or result.unexpected_keys:
         culprit = (missing or result.unexpected_keys)[0]

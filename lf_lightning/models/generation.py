@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lf_lightning.types import GenerationSpec, PromptBatch
 
 @torch.no_grad()
 def generate_answers(
-    backbone: Backbone, batch: PromptBatch, spec: GenerationSpec, *, stop_token_ids: Sequence[int], pad_token_id: int
+    backbone: Backbone, batch: PromptBatch, spec: GenerationSpec, *, stop_token_ids: Sequence[int]
 ) -> Tensor:
     """Continue each prompt up to a stop token.
 
@@ -21,8 +22,7 @@ def generate_answers(
         backbone: The model; its mode is put back afterwards.
         batch: Prompts, padded on the left; (B, T).
         spec: How to choose tokens.
-        stop_token_ids: Tokens that end an answer.
-        pad_token_id: Fills answers that ended early.
+        stop_token_ids: Tokens that end an answer; the first one fills answers that ended early.
 
     Returns:
         New tokens only, (B, at most max_new_tokens), on the device of the prompts.
@@ -38,13 +38,14 @@ def generate_answers(
         num_beams=spec.num_beams,
         repetition_penalty=spec.repetition_penalty,
         eos_token_id=list(stop_token_ids),
-        pad_token_id=pad_token_id,
+        pad_token_id=stop_token_ids[0],
         use_cache=True,
     )
     was_training = backbone.training
     backbone.eval()
+    causal_lm: Any = backbone.causal_lm  # transformers leaves generate untyped
     with backbone.padded_attention():
-        tokens: Tensor = backbone.causal_lm.generate(
+        tokens: Tensor = causal_lm.generate(
             input_ids=batch.input_ids, attention_mask=batch.mask, generation_config=config
         )
     backbone.train(was_training)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lf_lightning.models.adapters import Tuning, upcast_trainable
-from lf_lightning.models.backbone import Backbone
+from lf_lightning.models.backbone import Backbone, embedding_rows
 from lf_lightning.types import BackboneSpec, InputError, torch_dtype
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> 
     attention = None if spec.attention == "auto" else spec.attention
     dtype = "auto" if spec.dtype == "auto" else torch_dtype(spec.dtype)
     try:
-        if spec.path is None or device is not None and device.type == "meta":
+        if spec.path is None or (device is not None and device.type == "meta"):
             with device or torch.device("cpu"):
                 scratch_dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
                 model = AutoModelForCausalLM.from_config(config, dtype=scratch_dtype, attn_implementation=attention)
@@ -70,7 +70,9 @@ def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> 
                 revision=spec.revision,
             )
     except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"{WHERE}: the model cannot be loaded, got {_first_line(error)} Check path and attention.")
+        raise InputError(
+            f"{WHERE}: the model cannot be loaded, got {_first_line(error)} Check path and attention."
+        ) from error
     loaded: PreTrainedModel = model
     return loaded
 
@@ -91,7 +93,9 @@ def _config(spec: BackboneSpec, vocab_size: int) -> PretrainedConfig:
             spec.path, trust_remote_code=spec.trust_remote_code, revision=spec.revision
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"{WHERE}.path: {spec.path} cannot be read, got {_first_line(error)} Correct the path.")
+        raise InputError(
+            f"{WHERE}.path: {spec.path} cannot be read, got {_first_line(error)} Correct the path."
+        ) from error
     return config
 
 
@@ -113,7 +117,7 @@ def _scratch_config(architecture: dict[str, Any], vocab_size: int) -> Pretrained
 
 
 def _check_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if rows < vocab_size:
         raise InputError(
             f"{WHERE}: the embedding must cover the tokenizer's {vocab_size} words, got {rows} rows. "

@@ -19,7 +19,7 @@ def check_output_layer(backbone: Backbone) -> None:
         InputError: The model computes its logits in a way that `Backbone.output_layer` does not know.
     """
     input_ids = _words(backbone, 8)
-    with _quiet(backbone), backbone.padded_attention():
+    with _Quiet(backbone), backbone.padded_attention():
         want = backbone.causal_lm(input_ids=input_ids, use_cache=False).logits.float()
         got = backbone(_batch(input_ids, documents=None), kernel=_logits).float()
     if not _close(got, want, backbone):
@@ -36,7 +36,7 @@ def documents_are_isolated(backbone: Backbone) -> bool:
     """
     first, second, other = _words(backbone, 7, seed=1), _words(backbone, 9, seed=2), _words(backbone, 7, seed=3)
     layout_was_free = backbone.is_padding_free
-    with _quiet(backbone):
+    with _Quiet(backbone):
         backbone.set_layout("padded")
         alone = [backbone(_batch(ids, documents=None), kernel=_hidden) for ids in (first, second)]
         backbone.set_layout("padding_free")
@@ -66,8 +66,7 @@ def _logits(hidden: Tensor, output_layer: OutputLayer, targets: Tensor) -> Tenso
 
 def _words(backbone: Backbone, length: int, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = backbone.causal_lm.get_input_embeddings().weight.shape[0]
-    words = torch.randint(vocabulary, (1, length), generator=generator)
+    words = torch.randint(backbone.vocabulary, (1, length), generator=generator)
     return words.to(next(backbone.parameters()).device)
 
 
@@ -92,7 +91,7 @@ def _close(got: Tensor, want: Tensor, backbone: Backbone) -> bool:
     return bool(((got - want).abs().max() <= tolerance * want.float().std()).item())
 
 
-class _quiet:
+class _Quiet:
     """Evaluation mode without gradients, random state and mode put back afterwards."""
 
     def __init__(self, backbone: Backbone) -> None:

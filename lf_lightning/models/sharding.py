@@ -24,7 +24,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
 
     data_parallel = mesh["data_parallel"]
     for block in decoder_blocks(backbone.causal_lm):
-        adapters = [
+        adapters: list[nn.Module] = [
             module for name, module in block.named_modules() if isinstance(module, nn.Linear) and "lora_" in name
         ]
         if adapters:

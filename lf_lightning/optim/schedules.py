@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lf_lightning.types import InputError
 
@@ -50,3 +50,24 @@ class ScheduleSpec:
             kind, optimizer, num_warmup_steps=warmup, num_training_steps=max(num_steps, 1)
         )
         return schedule
+
+
+def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group, as the configuration says them."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def restate(optimizer: Optimizer, schedule: LRScheduler, configured: list[dict[str, Any]]) -> None:
+    """Give a restored optimizer and schedule the configured options back; only their place in the run is restored.
+
+    Args:
+        optimizer: The optimizer; its moments stay.
+        schedule: A schedule made by `ScheduleSpec.build`; its count of steps stays.
+        configured: What `group_options` said before the restore.
+    """
+    assert isinstance(schedule, LambdaLR)
+    schedule.base_lrs = [options["initial_lr"] for options in configured]
+    rows = zip(optimizer.param_groups, configured, schedule.lr_lambdas, strict=True)
+    for group, options, factor in rows:
+        group.update(options)
+        group["lr"] = options["initial_lr"] * factor(schedule.last_epoch)

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 SEED = 7
-NUM_HELDOUT_PER_TASK = 60
 NUM_STORIES, NUM_HELDOUT_STORIES = 400, 40
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwyz", "aeiou"
 WORD_LENGTHS = (3, 4, 5, 6)
-SUMMANDS = range(10, 50)  # two digits, and so has the sum
+FIRST_SUMMANDS, SECOND_SUMMANDS = range(10, 90), range(1, 6)  # their sum has two digits, too
 
 NAMES = ("Mia", "Tom", "Ada", "Ben", "Lea", "Max", "Zoe", "Sam", "Ida", "Leo", "Eva", "Jon")
 ANIMALS = ("cat", "dog", "fox", "hen", "bear", "frog", "goat", "mouse", "duck", "pony")
@@ -59,7 +58,9 @@ class Task(NamedTuple):
     """Something that can be asked of a word or of two numbers."""
 
     instruction: str
-    num_rows: int  # rows to train on
+    num_questions: int  # to train on
+    num_heldout: int
+    num_copies: int  # rows of each question to train on: the hardest task is shown most often
     ask: Callable[[Dice], str]  # makes what is asked about
     answer: Callable[[str], str]
 
@@ -72,24 +73,24 @@ def word(dice: Dice) -> str:
 
 def summands(dice: Dice) -> str:
     """Two numbers to add."""
-    return f"{dice.one_of(SUMMANDS)} + {dice.one_of(SUMMANDS)}"
+    return f"{dice.one_of(FIRST_SUMMANDS)} + {dice.one_of(SECOND_SUMMANDS)}"
 
 
 TASKS = (
-    Task("Upper-case", 700, word, str.upper),
-    Task("Reverse", 1000, word, lambda text: text[::-1]),
-    Task("Repeat", 700, word, lambda text: f"{text} {text}"),
-    Task("Add", 1500, summands, lambda text: str(sum(int(part) for part in text.split(" + ")))),
+    Task("Upper-case", 600, 70, 1, word, str.upper),
+    Task("Reverse", 900, 70, 1, word, lambda text: text[::-1]),
+    Task("Repeat", 600, 70, 1, word, lambda text: f"{text} {text}"),
+    Task("Add", 370, 30, 3, summands, lambda text: str(sum(int(part) for part in text.split(" + ")))),
 )
 
 
 def task_rows(task: Task, dice: Dice) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Rows to train on and held-out rows of a task; no question comes twice."""
+    """Rows to train on and held-out rows of a task; no held-out question is trained on."""
     questions: dict[str, None] = {}  # a dict, because a set has no order
-    while len(questions) < task.num_rows + NUM_HELDOUT_PER_TASK:
+    while len(questions) < task.num_questions + task.num_heldout:
         questions[task.ask(dice)] = None
     rows = [{"instruction": task.instruction, "input": text, "output": task.answer(text)} for text in questions]
-    return rows[NUM_HELDOUT_PER_TASK:], rows[:NUM_HELDOUT_PER_TASK]
+    return rows[task.num_heldout :] * task.num_copies, rows[: task.num_heldout]
 
 
 def story(dice: Dice) -> str:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
-from lf_lightning.console import say
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torch.optim.lr_scheduler import LRScheduler
 
 from lf_lightning.callbacks import default_callbacks
+from lf_lightning.callbacks.run_log import log_is_due
+from lf_lightning.console import say
 from lf_lightning.lightning_private import global_seed
 from lf_lightning.models import Backbone, LoRA, Tuning, load_backbone
 from lf_lightning.models.export import load_weights, save_unnamed_weights, save_weights
 from lf_lightning.models.generation import generate_answers
-from lf_lightning.models.probe import check_output_layer, documents_are_isolated
 from lf_lightning.models.sharding import clip_gradients, shard
-from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec
+from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate
+from lf_lightning.stages.layout import settle_layout
+from lf_lightning.stages.means import SetMeans
+from lf_lightning.stages.ranks import Ranks, seed_random_layers
 from lf_lightning.types import (
     Answer,
     BackboneSpec,
@@ -99,7 +102,7 @@ class Stage(LightningModule, ABC):
         self._grad_norm = torch.zeros(())
         self._overflows_in_a_row = 0
         self._tokens_since_log, self._time_of_log = 0, 0.0
-        self._means = torch.nn.ModuleDict({name: MeanMetric() for name in (*self.coefficients, *self.metrics)})
+        self._means = SetMeans([*self.coefficients, *self.metrics])
 
     # ------------------------------------------------------------------ what a stage defines
 
@@ -111,8 +114,12 @@ class Stage(LightningModule, ABC):
     def micro_batch_loss(self, micro_batch: TokenBatch) -> LossSums:
         """Sum each loss term and each metric over a micro-batch."""
 
+    @abstractmethod
+    def reported(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of a step or a set, given its loss, terms and metrics."""
+
     def prepare_step(self, step: StepBatch) -> None:
-        """Compute statistics of the whole step, before its first backward. Most stages have none."""
+        """Compute statistics of the whole step, before its first backward. A hook: most stages have none."""
 
     # ------------------------------------------------------------------ the model
 
@@ -126,19 +133,16 @@ class Stage(LightningModule, ABC):
         """Build the model, shard it where the strategy asks for it, and leave it in train mode."""
         if self._backbone is not None:
             return
-        data = self._datamodule
-        backbone = load_backbone(
-            self.backbone_spec,
-            self.tuning,
-            vocab_size=len(data.tokenizer) if data is not None else 0,
-            seed=self.seed,
-        )
+        data = self.data
+        vocab_size = len(data.tokenizer) if data is not None else 0
+        backbone = load_backbone(self.backbone_spec, self.tuning, vocab_size=vocab_size, seed=self.seed)
         if data is not None:
             backbone.causal_lm.generation_config.eos_token_id = data.stop_token_ids
             backbone.causal_lm.generation_config.pad_token_id = data.tokenizer.pad_token_id
         if self.weights_folder is not None:
             load_weights(backbone, self.weights_folder)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
             shard(backbone, self.device_mesh)
         self._backbone = backbone.train()
         trained, everything = backbone.num_parameters()
@@ -148,14 +152,13 @@ class Stage(LightningModule, ABC):
         """Make the optimizer of the trainable parameters, and its schedule in optimizer steps."""
         optimizer = self.optimizer_spec.build(self.named_parameters())
         schedule = self.schedule_spec.build(optimizer, int(self.trainer.estimated_stepping_batches))
-        self._configured = [
-            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-        ]
+        self._configured = group_options(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Bring the run folder, the checkpoints and the logs where the trainer has none of ours."""
-        present = {type(callback) for callback in self.trainer.callbacks}
+        trainer: Any = self.trainer  # Lightning leaves its callbacks untyped
+        present = {type(callback) for callback in trainer.callbacks}
         return [callback for callback in default_callbacks() if type(callback) not in present]
 
     def on_fit_start(self) -> None:
@@ -163,51 +166,43 @@ class Stage(LightningModule, ABC):
         self._settle_layout()
 
     def on_validation_start(self) -> None:
-        """Exact sums: float32 would lose counts above 2^24."""
-        if self.device.type != "mps":  # which has no float64
-            for metric in self._means.values():
-                metric.set_dtype(torch.float64)
-        if not self.trainer.training and not self.trainer.state.fn == "fit":
+        """Add sums up exactly; and settle the layout where no fit has."""
+        self._means.begin(self.ranks.exact)
+        if self.trainer.state.fn != "fit":
             self._settle_layout()
 
     def _settle_layout(self) -> None:
-        check_output_layer(self.backbone)
-        data = self._datamodule
-        if data is None:
-            return
-        if self._padding_free is None:
-            verdict = torch.tensor(float(documents_are_isolated(self.backbone)), device=self.device)
-            self._padding_free = bool(self._reduce(verdict, "min"))
-        layout = data.resolve_layout(padding_free=self._padding_free)
-        self.backbone.set_layout(layout)
-        say(f"data.layout: {layout}" + ("" if self._padding_free else " (documents of a row are not apart)"))
+        self._padding_free = settle_layout(self.backbone, self.data, self.ranks, known=self._padding_free)
 
     # ------------------------------------------------------------------ the step
 
     def training_step(self, step: StepBatch, batch_idx: int) -> None:
         """Make one optimizer step: count, forward and backward each micro-batch, clip, step, schedule."""
-        counts = self._global_counts(step)
+        ranks, optimizer = self.ranks, self._optimizer
+        own_counts = self.step_counts(step)
+        counts = dict(zip(own_counts, ranks.sums(list(own_counts.values())), strict=True))
         self.prepare_step(step)
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Tensor | float] = {}
         last = len(step.micro_batches) - 1
         for index, micro_batch in enumerate(step.micro_batches):
-            self._seed_random_layers(index)
-            with self._gradient_sync(now=index == last):
+            seed_random_layers(self.seed, self.trainer.global_step, self.global_rank, index)
+            with ranks.gradient_sync(now=index == last):
                 found = self.micro_batch_loss(micro_batch)
-                loss = sum(
-                    self.coefficients[name] / max(counts[name], 1) * self._num_ranks * term
-                    for name, term in found.terms.items()
-                )
-                self.manual_backward(loss)
-            _add(sums, found)
-        means, num_tokens = self._global_means(sums, counts, sum(batch.num_tokens for batch in step.micro_batches))
-        optimizer = self.optimizers()
-        if not all(np.isfinite(value) for value in means.values()):
+                # the strategy averages over ranks: its size makes a sum of that mean
+                weights = {name: weight / max(counts[name], 1) for name, weight in self.coefficients.items()}
+                terms = [weights[name] * term for name, term in found.terms.items()]
+                self.manual_backward(ranks.size * torch.stack(terms).sum())
+            for name, value in {**found.terms, **found.metrics}.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        num_tokens = sum(micro_batch.num_tokens for micro_batch in step.micro_batches)
+        *totals, tokens = ranks.sums([*sums.values(), num_tokens])
+        means = self._with_loss({name: total / max(counts[name], 1) for name, total in zip(sums, totals, strict=True)})
+        if not all(map(math.isfinite, means.values())):
             self._give_up_step(optimizer, "loss", means)
         optimizer.step()
-        self.lr_schedulers().step()
+        self._schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        self._log_step(means, num_tokens)
+        self._log_step(means, int(tokens))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the global norm of the gradient, after 16-mixed has unscaled it."""
@@ -234,66 +229,17 @@ class Stage(LightningModule, ABC):
         say(f"step {step}: skipped, the {what} is not finite ({found}); {self.num_skipped_steps} so far")
         optimizer.zero_grad(set_to_none=True)
 
-    def _seed_random_layers(self, micro_batch: int) -> None:
-        """Dropout draws a function of (seed, step, rank, micro-batch), so that a resume draws the same."""
-        state = np.random.SeedSequence([self.seed, self.trainer.global_step, self.global_rank, micro_batch])
-        torch.manual_seed(int(state.generate_state(1, np.uint64)[0] >> 1))
-
-    def _gradient_sync(self, *, now: bool) -> AbstractContextManager[Any]:
-        """Reduce gradients over ranks only with the last micro-batch of a step."""
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) and not now else nullcontext()
-
-    # ------------------------------------------------------------------ sums over ranks
-
     @property
-    def _num_ranks(self) -> int:
-        """Data-parallel size, by which the strategy averages gradients."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, ParallelStrategy):
-            return 1
-        return int(strategy.distributed_sampler_kwargs["num_replicas"])
-
-    def _reduce(self, value: Tensor, operation: str = "sum") -> Tensor:
-        reduced = self.trainer.strategy.reduce(value, reduce_op=operation)
-        assert isinstance(reduced, Tensor)
-        return reduced
-
-    def _global_counts(self, step: StepBatch) -> dict[str, float]:
-        """Counts of the step over all ranks, by one small all-reduce."""
-        counts = self.step_counts(step)
-        vector = torch.tensor(list(counts.values()), dtype=self._exact, device=self.device)
-        return dict(zip(counts, self._reduce(vector).tolist(), strict=True))
-
-    def _global_means(
-        self, sums: dict[str, Tensor], counts: dict[str, float], num_tokens: int
-    ) -> tuple[dict[str, float], int]:
-        """Loss and metrics of the step, and its tokens, over all ranks, by one small all-reduce."""
-        vector = torch.stack([*(value.to(self._exact) for value in sums.values()), self._number(num_tokens)])
-        *totals, tokens = self._reduce(vector).tolist()
-        means = {name: total / max(counts[name], 1) for name, total in zip(sums, totals, strict=True)}
-        return {"loss": self._weighted(means), **means}, int(tokens)
-
-    def _weighted(self, means: dict[str, float]) -> float:
-        return sum(coefficient * means[name] for name, coefficient in self.coefficients.items())
-
-    def _number(self, value: int) -> Tensor:
-        return torch.tensor(value, dtype=self._exact, device=self.device)
-
-    @property
-    def _exact(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "mps" else torch.float64
+    def ranks(self) -> Ranks:
+        """The data-parallel ranks of the trainer."""
+        return Ranks(self.trainer, self.device)
 
     # ------------------------------------------------------------------ validation
 
     def validation_step(self, step: StepBatch, batch_idx: int) -> None:
         """Add a micro-batch to the sums of the set."""
         (micro_batch,) = step.micro_batches
-        counts = self.step_counts(step)
-        found = self.micro_batch_loss(micro_batch)
-        for name, value in {**found.terms, **found.metrics}.items():
-            if counts[name]:
-                self._means[name].update(value.to(self._exact) / counts[name], counts[name])
+        self._means.update(self.micro_batch_loss(micro_batch), self.step_counts(step))
 
     def on_validation_epoch_end(self) -> None:
         """Reduce the sums of the whole set over ranks, once, and log their ratios."""
@@ -312,19 +258,15 @@ class Stage(LightningModule, ABC):
         self._log_set("test")
 
     def _log_set(self, prefix: str) -> None:
-        means = {name: float(metric.compute()) for name, metric in self._means.items()}
-        for metric in self._means.values():
-            metric.reset()
-        values = {"loss": self._weighted(means), **means}
-        names = self.reported(values)
-        self.log_dict(
-            {f"{prefix}/{name}": torch.tensor(value, dtype=self._exact) for name, value in names.items()},
-            sync_dist=True,
-        )
+        means = self._with_loss(self._means.compute())
+        values = {f"{prefix}/{name}": self._exact(value) for name, value in self.reported(means).items()}
+        self.log_dict(values, sync_dist=True)  # the values are equal on all ranks already
 
-    def reported(self, means: dict[str, float]) -> dict[str, float]:
-        """What is logged of a step or a set: loss and metrics, and what follows from them."""
-        return {name: value for name, value in means.items() if name not in self.coefficients or len(self.coefficients) > 1}
+    def _with_loss(self, means: dict[str, float]) -> dict[str, float]:
+        return {"loss": sum(weight * means[name] for name, weight in self.coefficients.items()), **means}
+
+    def _exact(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=self.ranks.exact)
 
     # ------------------------------------------------------------------ prediction
 
@@ -334,18 +276,12 @@ class Stage(LightningModule, ABC):
 
     def answers(self, batch: PromptBatch) -> list[Answer]:
         """Generate an answer to each prompt, as the generation spec says; fillers are left out."""
-        data = self._datamodule
+        data = self.data
         assert data is not None, "answers need the DataModule's tokenizer"
-        tokens = generate_answers(
-            self.backbone,
-            batch,
-            self.generation,
-            stop_token_ids=data.stop_token_ids,
-            pad_token_id=data.tokenizer.pad_token_id,
-        )
+        tokens = generate_answers(self.backbone, batch, self.generation, stop_token_ids=data.stop_token_ids)
         texts = data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        rows = zip(batch.rows, batch.prompts, texts, batch.references, strict=True)
-        return [Answer(row, prompt, text, label) for row, prompt, text, label in rows if row >= 0]
+        answers = map(Answer._make, zip(batch.rows, batch.prompts, texts, batch.references, strict=True))
+        return [answer for answer in answers if answer.row >= 0]
 
     # ------------------------------------------------------------------ state
 
@@ -379,13 +315,7 @@ class Stage(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """What the configuration says of the optimizer beats what a checkpoint remembers."""
-        optimizer, schedule = self.optimizers().optimizer, self.lr_schedulers()
-        for group, configured in zip(optimizer.param_groups, self._configured, strict=True):
-            group.update(configured)
-        schedule.base_lrs = [configured["initial_lr"] for configured in self._configured]
-        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, factors, strict=True):
-            group["lr"] = base * factor
+        restate(self._optimizer.optimizer, self._schedule, self._configured)
         self._tokens_since_log, self._time_of_log = 0, time.perf_counter()
 
     # ------------------------------------------------------------------ logging
@@ -394,25 +324,32 @@ class Stage(LightningModule, ABC):
         """Log the step where it is due: loss of this very step, so that a resumed run logs the same."""
         self.total_tokens += num_tokens
         self._tokens_since_log += num_tokens
-        step = self.trainer.global_step
-        if step % self.trainer.log_every_n_steps and step != self.trainer.estimated_stepping_batches:
+        if not log_is_due(self.trainer):
             return
         now = time.perf_counter()
-        values = {f"train/{name}": value for name, value in self.reported(means).items()}
-        values["train/grad_norm"] = float(self._grad_norm)
-        values["train/learning_rate"] = float(self.lr_schedulers().get_last_lr()[0])
         speed = self._tokens_since_log / max(now - self._time_of_log, 1e-9)
         self._tokens_since_log, self._time_of_log = 0, now
-        self.log_dict({name: torch.tensor(value, dtype=self._exact) for name, value in values.items()})
-        self.log("tokens/s", torch.tensor(speed, dtype=self._exact), prog_bar=True)
-        self.log("loss", torch.tensor(means["loss"], dtype=self._exact), prog_bar=True, logger=False)
+        values = {f"train/{name}": value for name, value in self.reported(means).items()}
+        values["train/grad_norm"] = float(self._grad_norm)
+        values["train/learning_rate"] = float(self._schedule.get_last_lr()[0])
+        self.log_dict({name: self._exact(value) for name, value in values.items()})
+        self.log("tokens/s", self._exact(speed), prog_bar=True)
+        self.log("loss", self._exact(means["loss"]), prog_bar=True, logger=False)
 
     @property
-    def _datamodule(self) -> Any:
-        """Lightning types this attribute as any DataModule; ours has a tokenizer. None where the user brings loaders."""
-        return self.trainer.datamodule
+    def _optimizer(self) -> LightningOptimizer:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer
 
+    @property
+    def _schedule(self) -> LRScheduler:
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LRScheduler)
+        return schedule
 
-def _add(sums: dict[str, Tensor], found: LossSums) -> None:
-    for name, value in {**found.terms, **found.metrics}.items():
-        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    @property
+    def data(self) -> Any:
+        """The trainer's DataModule, which no stage imports; None where the user brings loaders."""
+        trainer: Any = self.trainer
+        return trainer.datamodule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from lf_lightning.losses.log_probs import CrossEntropySums, cross_entropy_sums
 from lf_lightning.stages.base import Stage
@@ -12,8 +13,8 @@ from lf_lightning.types import IGNORE, LossSums, StepBatch, TokenBatch
 class CausalLMStage(Stage):
     """Minimise -log p(token | tokens before it), averaged over all counted tokens of the step."""
 
-    coefficients = {"nll": 1.0}
-    metrics = ("accuracy",)
+    coefficients: ClassVar = {"nll": 1.0}
+    metrics: ClassVar = ("accuracy",)
 
     def step_counts(self, step: StepBatch) -> dict[str, int]:
         """Predicted tokens of the step; they divide the loss and the accuracy."""

@@ -9,16 +9,6 @@ from lf_lightning.stages.causal_lm import CausalLMStage
 
 @final
 class PT(CausalLMStage):
-    """Pre-training: every token of every text is learned, and the end of each text.
-
-    Args:
-        backbone: The language model.
-        tuning: Which parameters train; LoRA on every linear layer unless given.
-        optimizer: The optimizer and its constants.
-        schedule: How the learning rate changes.
-        max_grad_norm: Largest global norm of the gradient, > 0; larger ones are scaled down to it. Empty: no limit.
-        non_finite: A loss or gradient that is not finite: `stop` the run, or `skip` the step and count it.
-        generation: How `predict` and callbacks generate answers.
-    """
+    """Pre-training: every token of every text is learned, and the end of each text."""
 
     task = "pt"

@@ -1,0 +1,32 @@
+"""Which layout a run takes: what the configuration asks for, if the model keeps documents of one row apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lf_lightning.console import say
+from lf_lightning.models import Backbone
+from lf_lightning.models.probe import check_output_layer, documents_are_isolated
+from lf_lightning.stages.ranks import Ranks
+
+
+def settle_layout(backbone: Backbone, data: Any, ranks: Ranks, *, known: bool | None) -> bool | None:
+    """Ask the model, tell the data the verdict, and switch the attention to the layout that follows.
+
+    Args:
+        backbone: The model, after any sharding.
+        data: The DataModule; None where the user brings loaders, which then decide by themselves.
+        ranks: All must agree.
+        known: An earlier verdict of this run, which a resume does not ask for again.
+
+    Returns:
+        Whether documents of one row are apart; None where nobody asked.
+    """
+    check_output_layer(backbone)
+    if data is None:
+        return known
+    padding_free = ranks.all_agree(documents_are_isolated(backbone)) if known is None else known
+    layout = data.resolve_layout(padding_free=padding_free)
+    backbone.set_layout(layout)
+    say(f"data.layout: {layout}" + ("" if padding_free else " (the model's documents see each other in one row)"))
+    return padding_free
