@@ -36,6 +36,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+DEFAULT_EPOCHS = 3
+"""Epochs of a run whose configuration says no end."""
+
+
 class GateParser(LightningArgumentParser):
     """A parser whose errors are one line, and which completes no half-written options."""
 
@@ -73,6 +77,8 @@ class Gate(LightningCLI):
         trainer = self.config.trainer
         if isinstance(trainer.val_check_interval, int):
             kwargs["check_val_every_n_epoch"] = None
+        if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+            kwargs["max_epochs"] = DEFAULT_EPOCHS
         if not sys.stderr.isatty():
             kwargs["enable_progress_bar"] = False
         try:

@@ -28,7 +28,13 @@ from lf_lightning.types import BackboneSpec, InputError, Layout, PromptBatch, So
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPLITS: tuple[Split, ...] = ("train", "val", "test", "predict")
+SETS: dict[Split, str] = {
+    "train": "datasets",
+    "val": "eval_datasets",
+    "test": "test_datasets",
+    "predict": "predict_datasets",
+}
+"""Set -> the option that names its datasets."""
 NOT_OPTIONS = ("self", "__class__", "backbone", "task")
 
 
@@ -67,7 +73,7 @@ class DataModule(LightningDataModule):
         history: What a conversation becomes where the template rewrites earlier turns: `per_turn` one sequence for
             each answer as it was at its turn, `whole` one sequence of which only the last answer is learned.
         invalid_rows: A row that cannot be used: `stop` with its name, or `skip` it and count it.
-        cache_dir: Where encoded data is kept; empty means ~/.cache/lf_lightning.
+        cache_dir: Where encoded data is kept between runs; empty keeps it in memory only.
         num_workers: Processes that encode; empty means this one.
     """
 
@@ -99,7 +105,7 @@ class DataModule(LightningDataModule):
         train_on_prompt: bool = False,
         history: Literal["per_turn", "whole"] = "per_turn",
         invalid_rows: Literal["stop", "skip"] = "stop",
-        cache_dir: str | None = None,
+        cache_dir: str | None = "~/.cache/lf_lightning",
         num_workers: int | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
@@ -107,11 +113,8 @@ class DataModule(LightningDataModule):
         check_options(**arguments)
         self.arguments = arguments
         """The options as they were given, without the two that the stage decides."""
-        self.backbone, self.task = _given(backbone), task
-        self.names: dict[Split, Names] = dict(
-            zip(SPLITS, (datasets, eval_datasets, test_datasets, predict_datasets), strict=True)
-        )
-        self.global_batch_size = global_batch_size
+        self.backbone, self.task, self.global_batch_size = _given(backbone), task, global_batch_size
+        self.names: dict[Split, Names] = {split: arguments[option] for split, option in SETS.items()}
         self.rule = micro_batch_rule(micro_batch_size, micro_batch_tokens) or MicroBatchRule(None, 8192)
         self.eval_rule = micro_batch_rule(eval_micro_batch_size, eval_micro_batch_tokens) or self.rule
         self.isolate_documents = packing == "knapsack" if isolate_documents is None else isolate_documents
@@ -173,8 +176,8 @@ class DataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Encode what is not in the cache yet, on one process of each node."""
-        for split in SPLITS[:3]:
-            if self.names[split]:
+        for split in SETS:
+            if split != "predict" and self.names[split] and self.arguments["cache_dir"]:
                 self._build(self.names[split])
 
     def setup(self, stage: str) -> None:
@@ -187,8 +190,7 @@ class DataModule(LightningDataModule):
         splits = wanted.get(stage, ())
         for split in splits[:1]:
             if split not in self.sets:
-                option = {"train": "datasets", "val": "eval_datasets", "test": "test_datasets"}[split]
-                raise InputError(f"data.{option}: must name at least one dataset to {stage}, got none. Name one.")
+                raise InputError(f"data.{SETS[split]}: must name at least one dataset to {stage}, got none. Name one.")
         for split in splits:
             if split in self.sets and self.names[split]:
                 for line in self.sets.lines(split):

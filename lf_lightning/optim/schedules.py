@@ -40,14 +40,22 @@ class ScheduleSpec:
         if self.warmup_ratio and self.warmup_steps:
             raise InputError(f"{where}: warmup_ratio and warmup_steps exclude each other, got both. Remove one.")
 
-    def build(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
-        """Make the schedule of a run of `num_steps` optimizer steps."""
+    def build(self, optimizer: Optimizer, num_steps: float) -> LRScheduler:
+        """Make the schedule of a run of `num_steps` optimizer steps.
+
+        Raises:
+            InputError: The run has no end.
+        """
         from transformers import get_scheduler
 
+        if math.isinf(num_steps):
+            raise InputError(
+                "trainer.max_steps: must say where the run ends, got no end. Set it, or trainer.max_epochs."
+            )
         warmup = self.warmup_steps or math.ceil(self.warmup_ratio * num_steps)
         kind = "constant_with_warmup" if self.kind == "constant" else self.kind
         schedule: LRScheduler = get_scheduler(
-            kind, optimizer, num_warmup_steps=warmup, num_training_steps=max(num_steps, 1)
+            kind, optimizer, num_warmup_steps=warmup, num_training_steps=max(int(num_steps), 1)
         )
         return schedule
 

@@ -88,9 +88,7 @@ class Stage(LightningModule, ABC):
         self.automatic_optimization = False
         self.backbone_spec, self.tuning = backbone, tuning
         self.optimizer_spec, self.schedule_spec = optimizer, schedule
-        self.max_grad_norm: float | None = max_grad_norm
-        self.non_finite = non_finite
-        self.generation = generation
+        self.max_grad_norm, self.non_finite, self.generation = max_grad_norm, non_finite, generation
         self.seed = global_seed()
         self.weights_folder: Path | None = None
         """Folder with trained weights to start from; set it before `validate`, `test` or `predict`."""
@@ -151,14 +149,13 @@ class Stage(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """Make the optimizer of the trainable parameters, and its schedule in optimizer steps."""
         optimizer = self.optimizer_spec.build(self.named_parameters())
-        schedule = self.schedule_spec.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        schedule = self.schedule_spec.build(optimizer, self.trainer.estimated_stepping_batches)
         self._configured = group_options(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Bring the run folder, the checkpoints and the logs where the trainer has none of ours."""
-        trainer: Any = self.trainer  # Lightning leaves its callbacks untyped
-        present = {type(callback) for callback in trainer.callbacks}
+        present = {type(callback) for callback in vars(self.trainer)["callbacks"]}
         return [callback for callback in default_callbacks() if type(callback) not in present]
 
     def on_fit_start(self) -> None:
@@ -200,9 +197,9 @@ class Stage(LightningModule, ABC):
         if not all(map(math.isfinite, means.values())):
             self._give_up_step(optimizer, "loss", means)
         optimizer.step()
+        self._log_step(means, int(tokens))  # with the learning rate that this step had
         self._schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        self._log_step(means, int(tokens))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the global norm of the gradient, after 16-mixed has unscaled it."""
@@ -326,9 +323,8 @@ class Stage(LightningModule, ABC):
         self._tokens_since_log += num_tokens
         if not log_is_due(self.trainer):
             return
-        now = time.perf_counter()
-        speed = self._tokens_since_log / max(now - self._time_of_log, 1e-9)
-        self._tokens_since_log, self._time_of_log = 0, now
+        speed = self._tokens_since_log / max(time.perf_counter() - self._time_of_log, 1e-9)
+        self._tokens_since_log, self._time_of_log = 0, time.perf_counter()
         values = {f"train/{name}": value for name, value in self.reported(means).items()}
         values["train/grad_norm"] = float(self._grad_norm)
         values["train/learning_rate"] = float(self._schedule.get_last_lr()[0])
@@ -351,5 +347,4 @@ class Stage(LightningModule, ABC):
     @property
     def data(self) -> Any:
         """The trainer's DataModule, which no stage imports; None where the user brings loaders."""
-        trainer: Any = self.trainer
-        return trainer.datamodule
+        return vars(self.trainer)["datamodule"]
