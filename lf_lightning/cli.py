@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 import sys
 import warnings
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lf_lightning.callbacks import PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
 from lf_lightning.callbacks.folder import complete_checkpoints
 from lf_lightning.callbacks.run_folder import refuse_mixing
-from lf_lightning.commands.refusal import refusal
+from lf_lightning.commands.refusal import check_top_keys, refusal
 from lf_lightning.console import say
 from lf_lightning.data.datamodule import DataModule
 from lf_lightning.models import Tuning
@@ -36,6 +39,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+DESCRIPTION = "Options as flags, which beat the file. In the YAML those of a class lie below its init_args."
+
 DEFAULT_EPOCHS = 3
 """Epochs of a run whose configuration says no end."""
 
@@ -46,6 +51,7 @@ class GateParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("exit_on_error", True)
+        kwargs.setdefault("usage", "lf-lightning COMMAND --config FILE [--config FILE ...] [--option value ...]")
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -70,7 +76,7 @@ class Gate(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning would accept and the step contract cannot keep."""
-        check_trainer(self.config)
+        check_config(self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; an integer val_check_interval counts optimizer steps across epochs."""
@@ -146,7 +152,11 @@ def build(argv: list[str], verb: str) -> Gate:
     """
     quiet_libraries()
     set_parsing_settings(subclasses_enabled=[Tuning, OptimizerSpec])
+    if "--help" in argv or "-h" in argv:
+        print_help(argv, verb)
+        raise SystemExit(0)
     try:
+        check_top_keys(argv)
         return make_gate(argv, verb)
     except InputError:
         raise
@@ -162,7 +172,7 @@ def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
         DataModule,
         subclass_mode_model=True,
         parser_class=GateParser,
-        parser_kwargs={"prog": f"lf-lightning {verb}"},
+        parser_kwargs={"prog": f"lf-lightning {verb}", "description": DESCRIPTION},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         save_config_callback=None,
@@ -172,19 +182,40 @@ def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
         run=False,
         **options,
     )
-    text = gate.parser.dump(gate.config, skip_none=False)
+    recipe = gate.config.clone()
+    recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
+    text = gate.parser.dump(recipe, skip_none=False)
     trainer: Any = gate.trainer  # Lightning leaves its callbacks untyped
     trainer.callbacks.insert(0, RunFolder(overwrite=gate.config.overwrite, config=text))
     return gate
 
 
-def check_trainer(config: Namespace) -> None:
-    """Refuse trainer options that belong to another owner.
+def print_help(argv: list[str], verb: str) -> None:
+    """Print every option of a verb: the common ones, then those of the stage, of each tuning and each optimizer."""
+    stage = next((name for name in STAGES if name in argv), "SFT")
+    pages = [["--help"], ["--model.help", stage]]
+    for group, base in (("tuning", Tuning), ("optimizer", OptimizerSpec)):
+        pages += [["--model", stage, f"--model.{group}.help", kind.__name__] for kind in base.__subclasses__()]
+    text = io.StringIO()
+    for page in pages:
+        with suppress(SystemExit), redirect_stdout(text):
+            make_gate(page, verb)
+    usage, *lines = text.getvalue().splitlines()
+    print(usage.replace("COMMAND", verb))
+    for line in lines:
+        if not line.startswith("usage:"):  # parsers nest, and a nested one forgets where it stands
+            print(re.sub(r"--(tuning|optimizer)\.", r"--model.\1.", line))
+
+
+def check_config(config: Namespace) -> None:
+    """Refuse a stage without a backbone, and trainer options that belong to another owner.
 
     Raises:
         InputError: Names the option to use instead.
     """
     trainer = config.trainer
+    if config.model.init_args.backbone is None:
+        raise InputError("model.init_args.backbone: must name a model, got null. Set model.init_args.backbone.path.")
     if trainer.accumulate_grad_batches != 1:
         raise InputError(
             f"trainer.accumulate_grad_batches: must be 1, got {trainer.accumulate_grad_batches}. "

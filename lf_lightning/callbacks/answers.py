@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from lf_lightning.callbacks.checkpoint import run_folder
 from lf_lightning.callbacks.predictions import gather_answers
-from lf_lightning.types import Answer
+from lf_lightning.data.templates import prompt_segments
+from lf_lightning.types import Answer, Conversation, Message
 
 
 class AnswersTable(Callback):
@@ -24,26 +23,22 @@ class AnswersTable(Callback):
     def __init__(self, num_rows: int = 8, next_command: str | None = None) -> None:
         self.num_rows, self.next_command = num_rows, next_command
         self._before: list[Answer] = []
+        self._after: list[Answer] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer with the model as it was given."""
-        self._before = self._answers(trainer, pl_module)
+        self._before = _answers(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answer again and print both."""
-        after = self._answers(trainer, pl_module)
-        if trainer.is_global_zero:
-            self._print(trainer, after)
+        """Answer again, while the model is still where it trained."""
+        self._after = _answers(pl_module)
 
-    def _answers(self, trainer: Trainer, stage: Any) -> list[Answer]:
-        loader = stage.data.prompt_loader("val", batch_size=stage.generation.batch_size)
-        found: list[Answer] = []
-        for batch in loader:
-            found.extend(stage.answers(stage.transfer_batch_to_device(batch, stage.device, 0)))
-        return gather_answers(found)
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print both as the last words of the run; nothing where nothing was left to train."""
+        if self._after and trainer.is_global_zero:
+            self._print(trainer, pl_module)
 
-    @rank_zero_only
-    def _print(self, trainer: Trainer, after: Sequence[Answer]) -> None:
+    def _print(self, trainer: Trainer, stage: Any) -> None:
         from rich.console import Console
         from rich.table import Table
 
@@ -51,15 +46,35 @@ class AnswersTable(Callback):
         table = Table(title="held-out prompts, before and after training")
         for name in ("prompt", "before", "after", "right answer"):
             table.add_column(name, overflow="fold")
-        for old, new in list(zip(self._before, after, strict=True))[: self.num_rows]:
-            table.add_row(*(_shown(text) for text in (new.prompt, old.predict, new.predict, new.label)))
+        start, end = _frame(stage)
+        for old, new in list(zip(self._before, self._after, strict=True))[: self.num_rows]:
+            prompt = new.prompt.removeprefix(start).removesuffix(end)
+            table.add_row(*(_shown(text) for text in (prompt, old.predict, new.predict, new.label)))
         console.print(table)
-        for name, answers in (("before", self._before), ("after", after)):
+        for name, answers in (("before", self._before), ("after", self._after)):
             hits = sum(answer.predict.strip() == answer.label.strip() for answer in answers)
             console.print(f"exact match {name} training: {hits / len(answers):.3f} ({hits} of {len(answers)})")
         console.print(f"the model is in {run_folder(trainer) / 'final'}", soft_wrap=True)
         if self.next_command:
             console.print(f"next, try: {self.next_command}", soft_wrap=True, markup=False)
+
+
+def _answers(stage: Any) -> list[Answer]:
+    """Answers of all ranks to the validation prompts."""
+    loader = stage.data.prompt_loader("val", batch_size=stage.generation.batch_size)
+    found: list[Answer] = []
+    for batch in loader:
+        found.extend(stage.answers(stage.transfer_batch_to_device(batch, stage.device, 0)))
+    return gather_answers(found)
+
+
+def _frame(stage: Any) -> tuple[str, str]:
+    """What the template writes before and after the words of a user: the same around every prompt, so not shown."""
+    words = "words of the user"
+    asked = Conversation((Message("user", words),))
+    text = "".join(segment.text for segment in prompt_segments(asked, stage.data.template, stage.data.tokenizer))
+    start, _, end = text.partition(words)
+    return start, end
 
 
 def _shown(text: str, limit: int = 60) -> str:

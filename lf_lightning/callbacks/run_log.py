@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -90,8 +91,13 @@ class RunLog(Callback):
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / JSONL).open("a") as handle:
-            handle.write(json.dumps(row) + "\n")
+            handle.write(json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n")
         _append_csv(folder / CSV, {"step": row["current_steps"], "epoch": row["epoch"], **metrics})
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity and no NaN: null says them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _values(trainer: Trainer, prefix: str) -> dict[str, float]:
@@ -165,4 +171,5 @@ def write_results(trainer: Trainer, values: dict[str, Any]) -> None:
     path = run_folder(trainer) / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**known, **values}, indent=1) + "\n")
+    merged = {name: _finite(value) for name, value in {**known, **values}.items()}
+    path.write_text(json.dumps(merged, indent=1, allow_nan=False) + "\n")

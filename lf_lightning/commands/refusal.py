@@ -6,7 +6,11 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
 
+import yaml
 from lightning.pytorch import Callback, Trainer
 
 from lf_lightning.callbacks import RunCheckpoint
@@ -14,7 +18,7 @@ from lf_lightning.data.datamodule import DataModule
 from lf_lightning.models import Tuning
 from lf_lightning.optim import OptimizerSpec, ScheduleSpec
 from lf_lightning.stages import PT, SFT
-from lf_lightning.types import BackboneSpec, GenerationSpec
+from lf_lightning.types import BackboneSpec, GenerationSpec, InputError
 
 OWNERS: dict[str, tuple[type, ...]] = {
     "model": (PT, SFT),
@@ -35,7 +39,32 @@ CHOICES = ("model", "tuning", "optimizer", "callbacks")
 
 TOP = ("seed_everything", "trainer", "checkpoint", "model", "data", "ckpt_path", "overwrite", "config", "print_config")
 
-TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Sequence": "a list"}
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "Sequence": "a list",
+    "NoneType": "null",
+}
+
+
+def check_top_keys(argv: list[str]) -> None:
+    """Refuse an unknown key at the top of a configuration file; a parser overlooks one that holds nothing.
+
+    Raises:
+        InputError: As said.
+    """
+    for option, path in pairwise(argv):
+        if option not in ("-c", "--config") or not Path(path).is_file():
+            continue
+        with suppress(yaml.YAMLError, UnicodeDecodeError):  # the parser says what is wrong there
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            for key in content if isinstance(content, dict) else ():
+                if key not in TOP and key != "$schema":
+                    raise InputError(f"{key}: there is no such option. {_hint(str(key), TOP)}")
+                if key in ("trainer", "checkpoint", "data") and not isinstance(content[key], dict | str | None):
+                    raise InputError(f"{key}: must hold options, got {content[key]!r}. Write {key}: {{option: value}}.")
 
 
 def refusal(message: str) -> str:
@@ -62,6 +91,11 @@ def _unknown_argument(keys: list[str], found: re.Match[str], message: str) -> st
 
 
 def _unknown_option(keys: list[str], found: re.Match[str], message: str) -> str:
+    if found[1] == "class_path":
+        return (
+            f"{_path(keys)}: must hold class_path and init_args alone, got options beside them. "
+            "Indent the options below init_args."
+        )
     return _unknown(_path(keys, inside=True), found[1])
 
 
@@ -76,6 +110,9 @@ def _unknown(path: str, option: str) -> str:
     if first_wrong is not None:
         return f"{where}: there is no such option. {_hint(first_wrong, TOP)}"
     names = list(_options(above[-1])) if above and above[-1] in OWNERS else [n for o in OWNERS for n in _options(o)]
+    if leaf in names:
+        owners = [kind.__name__ for kind in OWNERS[above[-1]] if leaf in inspect.signature(kind).parameters]
+        return f"{where}: the class chosen has no such option. Remove it, or choose {' or '.join(owners)}."
     return f"{where}: there is no such option. {_hint(leaf, names)}"
 
 
@@ -92,10 +129,22 @@ def _wrong_choice(keys: list[str], found: re.Match[str], message: str) -> str:
 
 
 def _wrong_type(keys: list[str], found: re.Match[str], message: str) -> str:
-    kinds = [kind.rsplit(".", 1)[-1] for kind in re.findall(r"Expected a <class '([^']+)'>", message)]
-    texts = dict.fromkeys(TYPES.get(kind, kind) for kind in kinds if kind not in ("NoneType", "Stage"))
-    empty = " or null" if "NoneType" in kinds and _path(keys) not in CHOICES and "model" not in keys[-1:] else ""
-    return f"{_path(keys)}: must be {' or '.join(texts)}{empty}, got {_value(message)}. Correct the value."
+    innermost = message[max(message.rfind("Parser key"), 0) :]
+    alone = re.search(r"Expected a <class '([^']+)'>\. Got value", innermost)
+    kinds = [alone[1]] if alone else re.findall(r"Expected a <class '([^']+)'>", innermost)
+    if keys and keys[-1].rsplit(".", 1)[-1] in CHOICES:
+        return _wrong_shape(_path(keys), _value(message))
+    texts = dict.fromkeys(TYPES.get(kind, kind) for kind in (kind.rsplit(".", 1)[-1] for kind in kinds))
+    return f"{_path(keys)}: must be {' or '.join(texts)}, got {_value(message)}. Correct the value."
+
+
+def _wrong_shape(path: str, value: str) -> str:
+    """A class is chosen with class_path and init_args, and with nothing beside them."""
+    beside = [key for key in re.findall(r"'(\w+)': ", value) if key in _options(path.rsplit(".", 1)[-1])]
+    if "class_path" in value and beside:
+        return f"{path}.{beside[0]}: must lie below init_args, got it beside class_path. Indent it below init_args."
+    short = value if len(value) <= 40 else value[:37] + "..."
+    return f"{path}: must be {{class_path: NAME, init_args: {{...}}}}, got {short}. Write it so."
 
 
 def _wrong_tuple(keys: list[str], found: re.Match[str], message: str) -> str:

@@ -77,6 +77,10 @@ class DataModule(LightningDataModule):
         num_workers: Processes that encode; empty means this one.
     """
 
+    _tokenizer: PreTrainedTokenizerBase | None = None
+    _train_loader: StepLoader | None = None
+    _cursor: dict[str, Any] | None = None
+
     def __init__(
         self,
         backbone: BackboneSpec | None = None,
@@ -122,7 +126,6 @@ class DataModule(LightningDataModule):
         self.options = EncodeOptions(task, max_length, packing, train_on_prompt, mask_history, history)
         self.sets = EncodedSets(self._build, self.names, val_size=val_size, seed=self.seed)
         self._layout: Layout | None = None if layout == "auto" else layout
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     # ------------------------------------------------------------------ what stages and callbacks ask
 
@@ -190,7 +193,7 @@ class DataModule(LightningDataModule):
         splits = wanted.get(stage, ())
         for split in splits[:1]:
             if split not in self.sets:
-                raise InputError(f"data.{SETS[split]}: must name at least one dataset to {stage}, got none. Name one.")
+                raise InputError(f"data.{SETS[split]}: must name at least one dataset, got none. Name one.")
         for split in splits:
             if split in self.sets and self.names[split]:
                 for line in self.sets.lines(split):
@@ -198,12 +201,26 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """The optimizer steps of this rank."""
-        return StepLoader(
+        self._train_loader = StepLoader(
             units_of_epoch=partial(self.units, "train"),
             num_units=len(self.units("train", 0)),
             global_batch_size=self.global_batch_size,
             arrange=self._arrange,
         )
+        if self._cursor is not None:
+            self._train_loader.load_state_dict(self._cursor)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor of the training loader: how many units of which epoch are consumed."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader begin where `state_dict` was taken.
+
+        Lightning hands a loader its own state only where nobody has asked for the number of steps before: too late.
+        """
+        self._cursor = state_dict or None
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
         """The validation set in micro-batches; nothing where there is none."""

@@ -24,11 +24,27 @@ LLAMA = {
 ROWS = [{"instruction": f"Count to {number}.", "output": " ".join("abcdefghijkl"[:number])} for number in range(1, 13)]
 
 
-def config(**changes: Any) -> dict[str, Any]:
-    """A run of four steps of four rows that saves after two; changes by dotted key, where `__` stands for a dot."""
+INIT = "model.init_args"
+"""Where the options of the stage lie."""
+
+
+def config(run: Path | str = "run", lora: Path | str | None = None, **changes: Any) -> dict[str, Any]:
+    """A run of four steps of four rows that saves after two.
+
+    Args:
+        run: The run folder.
+        lora: Folder of a model that gets a LoRA of rank 2; without one every weight of a scratch model trains.
+        changes: Values by dotted key, with `__` for the dot.
+    """
     base: dict[str, Any] = {
         "seed_everything": 7,
-        "trainer": {"max_steps": 4, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "devices": 1,
+            "log_every_n_steps": 1,
+            "default_root_dir": str(run),
+        },
         "checkpoint": {"every_n_steps": 2},
         "model": {
             "class_path": "SFT",
@@ -42,8 +58,25 @@ def config(**changes: Any) -> dict[str, Any]:
         },
         "data": {"datasets": [{"path": "rows.json"}], "max_length": 96, "global_batch_size": 4, "cache_dir": None},
     }
-    base["trainer"]["default_root_dir"] = "run"
+    if lora is not None:
+        base["model"]["init_args"]["backbone"] = {"path": str(lora)}
+        base["model"]["init_args"]["tuning"] = {"class_path": "LoRA", "init_args": {"rank": 2}}
     return merged(base, {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def build_model(folder: Path, **changes: Any) -> Path:
+    """A tiny Llama with the byte tokenizer, as save_pretrained writes them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lf_lightning.data.tokenizer import byte_tokenizer
+
+    architecture = {"vocab_size": 259, **LLAMA, **changes}
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -91,9 +91,7 @@ def test_the_model_of_a_real_recipe_has_the_parameters_of_the_real_model(name: s
     model = read(ROOT / "configs" / f"{name}.yaml")["model"]["init_args"]
     spec = BackboneSpec(**{**model["backbone"], "path": str(tmp_path)})
     tuning = TUNINGS[model["tuning"]["class_path"]](**model["tuning"].get("init_args", {}))
-    backbone = load_backbone(
-        spec, tuning, vocab_size=config["vocab_size"], seed=0, device=torch.device("meta")
-    )
+    backbone = load_backbone(spec, tuning, vocab_size=config["vocab_size"], seed=0, device=torch.device("meta"))
     trained, everything = backbone.num_parameters()
     assert {parameter.device.type for parameter in backbone.parameters()} == {"meta"}
     assert trained == num_trained
@@ -107,9 +105,7 @@ def test_the_trainable_weights_of_a_real_recipe_are_float32(name: str, tmp_path:
     model = read(ROOT / "configs" / f"{name}.yaml")["model"]["init_args"]
     spec = BackboneSpec(**{**model["backbone"], "path": str(tmp_path)})
     tuning = TUNINGS[model["tuning"]["class_path"]](**model["tuning"].get("init_args", {}))
-    backbone = load_backbone(
-        spec, tuning, vocab_size=config["vocab_size"], seed=0, device=torch.device("meta")
-    )
+    backbone = load_backbone(spec, tuning, vocab_size=config["vocab_size"], seed=0, device=torch.device("meta"))
     kinds = {(parameter.requires_grad, parameter.dtype) for parameter in backbone.parameters()}
     assert (True, torch.float32) in kinds
     assert (True, torch.bfloat16) not in kinds

@@ -43,7 +43,7 @@ def backbone_spec(case: dict[str, Any]) -> BackboneSpec:
 
 
 def exact_norm(norm: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
-    """Llama's norm in the type of its input: transformers rounds to float32 inside, which would hide what is smaller."""
+    """Llama's norm in the type of its input: transformers' own rounds to float32 inside."""
     return rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
@@ -55,10 +55,16 @@ class Recorder(Callback):
         self.losses: list[float] = []
         self.micro_batches: list[list[tuple[int, int, tuple[int, ...]]]] = []
         self.evaluated_units: list[int] = []
+        self.seeds: list[int] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep units, tokens and shape of each micro-batch."""
-        self.micro_batches.append([(mb.num_units, mb.num_tokens, tuple(mb.input_ids.shape)) for mb in batch.micro_batches])
+        batches = batch.micro_batches
+        self.micro_batches.append([(each.num_units, each.num_tokens, tuple(each.input_ids.shape)) for each in batches])
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
+        """Keep what random layers were seeded with."""
+        self.seeds.append(torch.initial_seed())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         """Keep the gradients."""
@@ -106,6 +112,7 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         "losses": recorder.losses,
         "micro_batches": recorder.micro_batches,
         "evaluated_units": recorder.evaluated_units,
+        "seeds": recorder.seeds,
         "val_loss": float(trainer.callback_metrics["val/loss"]),
         "val_accuracy": float(trainer.callback_metrics["val/accuracy"]),
     }

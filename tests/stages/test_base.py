@@ -33,6 +33,7 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 SCRATCH = BackboneSpec(architecture=LLAMA, tokenizer="bytes")
+FULL = Full()
 ADAMW = AdamW(lr=1e-2, eps=1e-2)
 
 
@@ -99,11 +100,11 @@ def write_texts(folder: Path, lengths: tuple[int, ...] = (3, 17, 9, 30, 5, 22, 1
 
 
 def pt_data(path: str, spec: BackboneSpec = SCRATCH, **options: Any) -> DataModule:
-    arguments = {"template": "default", "max_length": 64, "global_batch_size": 4, "micro_batch_size": 2}
+    arguments = {"template": "default", "max_length": 64, "global_batch_size": 4, "micro_batch_size": 2, "seed": 3}
     return DataModule(spec, "pt", datasets=[{"path": path, "formatting": "text"}], **{**arguments, **options})
 
 
-def pt_stage(spec: BackboneSpec = SCRATCH, tuning: Tuning = Full(), optimizer: AdamW = ADAMW, **options: Any) -> PT:
+def pt_stage(spec: BackboneSpec = SCRATCH, tuning: Tuning = FULL, optimizer: AdamW = ADAMW, **options: Any) -> PT:
     return PT(spec, tuning, optimizer, **{"schedule": ScheduleSpec(kind="constant"), **options})
 
 
@@ -274,7 +275,7 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch(tmp_path: Path) -> N
     stages[2].seed = 3  # the same weights and order, another draw
     watch = Watch()
     at_step_0 = At(0, lambda stage: setattr(stage, "seed", 4))
-    trainer(tmp_path / "c", watch, at_step_0).fit(stages[2], pt_data(path, spec, seed=3))
+    trainer(tmp_path / "c", watch, at_step_0).fit(stages[2], pt_data(path, spec))
     assert watch.rows == first.rows
     assert not set(watch.seeds) & set(first.seeds)
 
@@ -471,11 +472,11 @@ def test_validate_measures_the_weights_of_a_folder(tmp_path: Path) -> None:
     path = write_texts(tmp_path, TWELVE)
     stage = pt_stage()
     run = trainer(tmp_path / "run")
-    run.fit(stage, pt_data(path, val_size=3, seed=0))
+    run.fit(stage, pt_data(path, val_size=3))
     trained = float(run.callback_metrics["val/loss"])
     for folder, equal in ((tmp_path / "run" / "final", True), (None, False)):
         other = pt_stage()
         other.weights_folder = folder
         judge = trainer(tmp_path / "judge")
-        judge.validate(other, pt_data(path, val_size=3, seed=0), verbose=False)
+        judge.validate(other, pt_data(path, val_size=3), verbose=False)
         assert (float(judge.callback_metrics["val/loss"]) == pytest.approx(trained, rel=1e-6)) is equal

@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lf_lightning.models import Full, load_backbone
@@ -235,7 +234,7 @@ def short_step_cases() -> list[Case]:
 
 
 KNAPSACK = ([3, 9], [8, 1], [5, 6, 2], [7, 4, 0])
-"""PT's rows of 4, 18, 10, 31, 6, 23, 13, 8, 27, 15 tokens in packs of at most 48: 31 + 15, 27 + 18, 23 + 13 + 10, ..."""
+"""PT's rows of 4, 18, 10, 31, 6, 23, 13, 8, 27, 15 tokens in packs of at most 48: 31 + 15, 27 + 18, 23 + 13 + 10 ..."""
 EVAL_KNAPSACK = ([5, 7, 1], [8, 2], [10, 3, 9, 0], [6, 4])
 """The same of 9, 3, 20, 12, 5, 29, 7, 16, 24, 11, 14 tokens: 29 + 16 + 3, 24 + 20, 14 + 12 + 11 + 9, 7 + 5."""
 
@@ -257,9 +256,7 @@ def pack_cases() -> list[Case]:
         train = [[documents_of("PT", TRAIN_LENGTHS, 10)[index] for index in pack] for pack in KNAPSACK]
         evaluate = [[documents_of("PT", EVAL_LENGTHS, 11)[index] for index in pack] for pack in EVAL_KNAPSACK]
         name = f"knapsack-{layout}-{micro_batch_size}"
-        cases.append(
-            case(name, "PT", epochs=[chunks(train, 2)], eval_units=evaluate, packing="knapsack", **options)
-        )
+        cases.append(case(name, "PT", epochs=[chunks(train, 2)], eval_units=evaluate, packing="knapsack", **options))
     return cases
 
 
@@ -307,9 +304,7 @@ def run(cases: list[Case], num_ranks: int, folder: Path) -> list[list[dict[str, 
     command = [sys.executable, str(script), str(folder), str(num_ranks)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [
-        [torch.load(folder / f"{each.options['name']}.{rank}.pt") for rank in range(num_ranks)] for each in cases
-    ]
+    return [[torch.load(folder / f"{each.options['name']}.{rank}.pt") for rank in range(num_ranks)] for each in cases]
 
 
 def furthest(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
@@ -381,9 +376,12 @@ def test_on_two_ranks_no_layout_changes_gradients_or_eval_loss(tmp_path: Path) -
     prove([*layout_cases(), *short_step_cases(), *pack_cases()], 2, tmp_path)
 
 
-def test_on_three_ranks_fillers_add_nothing(tmp_path: Path) -> None:
+def test_on_three_ranks_fillers_add_nothing_and_dropout_is_drawn_apart(tmp_path: Path) -> None:
     cases = filler_cases()
     records = prove(cases, 3, tmp_path)
+    for ranks in records:
+        seeds = [seed for record in ranks for seed in record["seeds"]]
+        assert len(set(seeds)) == len(seeds), "every micro-batch of every rank draws for itself"
     fillers = [
         sum(number == 0 for share in record["micro_batches"] for number, _, _ in share)
         for ranks in records

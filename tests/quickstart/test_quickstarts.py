@@ -1,0 +1,104 @@
+"""The quickstarts through the CLI: a few steps of each in every test run, the whole proof when it is asked for."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+SFT, PT = "configs/sft/quickstart.yaml", "configs/pt/quickstart.yaml"
+SEEDS = (42, 1, 2)
+
+
+def lf_lightning(*arguments: str, threads: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does, from the root of the repository."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lf_lightning", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+
+
+def short(folder: Path) -> list[str]:
+    """Options that make a run of a few steps on a few rows."""
+    options = {"max_steps": 8, "log_every_n_steps": 1, "val_check_interval": 8, "default_root_dir": folder}
+    return [f"--trainer.{name}={value}" for name, value in options.items()] + [f"--data.cache_dir={folder / 'cache'}"]
+
+
+def opened(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer as plain transformers opens them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_few_steps_of_the_sft_quickstart(tmp_path: Path):
+    done = lf_lightning("fit", "--config", SFT, *short(tmp_path), "--data.max_samples=64")
+    losses = [row["loss"] for row in log(tmp_path) if "loss" in row]
+    assert len(losses) == 8
+    assert losses[-1] < 0.9 * losses[0]
+    for said in ("before", "right answer", "exact match after training", "final", "next, try: lf-lightning predict"):
+        assert said in done.stdout
+    model, tokenizer = opened(tmp_path / "final")
+    prompt = [{"role": "user", "content": "Reverse\nlamp"}]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]) == "<|im_start|>user\nReverse\nlamp<|im_end|>\n<|im_start|>assistant\n"
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_the_score_at_the_end_of_training_is_that_of_predict_and_score(tmp_path: Path):
+    run = ["--config", SFT, *short(tmp_path), "--data.max_samples=24"]
+    after = lf_lightning("fit", *run).stdout.split("exact match after training: ")[1].splitlines()[0]
+    lf_lightning("predict", *run, "--ckpt_path", str(tmp_path / "final"))
+    score = lf_lightning("score", str(tmp_path / "generated_predictions.jsonl"), "--at-least", "0")
+    assert score.stdout == f"exact match: {after}\n"
+
+
+def test_a_few_steps_of_the_pt_quickstart(tmp_path: Path):
+    lf_lightning("fit", "--config", PT, *short(tmp_path), "--data.max_samples=40")
+    rows = log(tmp_path)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    assert [row["eval_perplexity"] for row in rows if "eval_perplexity" in row][-1] < 259
+    model, tokenizer = opened(tmp_path / "final")
+    assert torch.isfinite(model(tokenizer("One sunny day", return_tensors="pt")["input_ids"]).logits).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_sft_quickstart_answers_nine_of_ten_held_out_prompts(seed: int, tmp_path: Path):
+    start = time.perf_counter()
+    run = ["--config", SFT, f"--seed_everything={seed}", f"--trainer.default_root_dir={tmp_path}"]
+    lf_lightning("fit", *run, threads=2)
+    seconds = time.perf_counter() - start
+    lf_lightning("predict", *run, "--ckpt_path", str(tmp_path / "final"), threads=2)
+    score = lf_lightning("score", str(tmp_path / "generated_predictions.jsonl"), "--at-least", "0.9")
+    print(f"\n| sft | {seed} | {score.stdout.strip()} | {seconds:.0f} |")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_pt_quickstart_reads_held_out_stories_at_a_perplexity_below_the_stated_one(seed: int, tmp_path: Path):
+    start = time.perf_counter()
+    options = [f"--seed_everything={seed}", f"--trainer.default_root_dir={tmp_path}"]
+    lf_lightning("fit", "--config", PT, *options, threads=2)
+    seconds = time.perf_counter() - start
+    perplexity = [row["eval_perplexity"] for row in log(tmp_path) if "eval_perplexity" in row][-1]
+    assert perplexity < 1.3
+    print(f"\n| pt | {seed} | perplexity {perplexity:.3f} | {seconds:.0f} |")
