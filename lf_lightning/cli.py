@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lf_lightning.callbacks import PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
-from lf_lightning.callbacks.folder import complete_checkpoints
-from lf_lightning.callbacks.run_folder import refuse_mixing
+from lf_lightning.callbacks.folder import check_whole, complete_checkpoints
+from lf_lightning.callbacks.run_folder import make_writable, refuse_mixing
 from lf_lightning.commands.refusal import check_top_keys, refusal
 from lf_lightning.console import say
 from lf_lightning.data.datamodule import DataModule
@@ -74,8 +74,9 @@ class Gate(LightningCLI):
         parser.link_arguments("model.init_args.backbone", "data.backbone")
         parser.link_arguments("model.class_path", "data.task", compute_fn=task_of)
 
-    def before_instantiate_classes(self) -> None:
-        """Refuse what Lightning would accept and the step contract cannot keep."""
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and refuse what Lightning would accept and the step contract cannot keep."""
+        super().parse_arguments(parser, args)
         check_config(self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -113,8 +114,11 @@ def fit(argv: list[str]) -> int:
     ckpt_path = last_checkpoint(folder) if asked == "last" else _state_file(asked)
     if asked == "last" and ckpt_path is None:
         say(f"no complete checkpoint in {folder}: starting afresh")
-    if ckpt_path is None and not cli.config.overwrite:
+    if ckpt_path is not None:
+        check_whole(ckpt_path.parent.parent)
+    elif not cli.config.overwrite:
         refuse_mixing(folder)
+    make_writable(folder)
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     return 0
 
@@ -226,11 +230,18 @@ def check_config(config: Namespace) -> None:
             f"trainer.gradient_clip_val: must be null, got {trainer.gradient_clip_val}. "
             "Set model.init_args.max_grad_norm."
         )
-    if trainer.precision in ("bf16-true", "16-true", "bf16", "16", 16):
+    if trainer.precision not in (None, 32, "32", "32-true", "bf16-mixed", "16-mixed"):
         raise InputError(
             f"trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. "
             "Set model.init_args.backbone.dtype for the type of the weights."
         )
+    if trainer.val_check_interval is not None and trainer.val_check_interval <= 0:
+        raise InputError(
+            f"trainer.val_check_interval: must be positive, got {trainer.val_check_interval}. "
+            "Give optimizer steps as a whole number, or a share of an epoch."
+        )
+    if not isinstance(config.seed_everything, bool) and not 0 <= config.seed_everything < 2**32:
+        raise InputError(f"seed_everything: must be in [0, 2^32), got {config.seed_everything}. Try 42.")
     fused = config.model.init_args.optimizer.get("init_args", {}).get("fused")
     if trainer.precision == "16-mixed" and fused:
         raise InputError(
@@ -245,6 +256,7 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -257,9 +269,9 @@ def _state_file(asked: str | None) -> Path | None:
         return None
     folder = Path(asked)
     path = folder / "trainer_state" / "state.ckpt"
-    if not (folder / "manifest.json").is_file() or not path.is_file():
+    if not path.is_file():
         raise InputError(
-            f"--ckpt_path: must be last or a complete checkpoint folder, got {asked}. "
+            f"--ckpt_path: must be last or a checkpoint folder, got {asked}. "
             "Give one that holds manifest.json and trainer_state/state.ckpt."
         )
     return path

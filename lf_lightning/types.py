@@ -195,6 +195,25 @@ class GenerationSpec:
     repetition_penalty: float = 1.0
     batch_size: int = 8
 
+    def __post_init__(self) -> None:
+        """Refuse values outside their range.
+
+        Raises:
+            InputError: As said.
+        """
+        for name, holds, want in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature > 0, "positive; use do_sample: false for the likeliest token"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("repetition_penalty", self.repetition_penalty >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+        ):
+            if not holds:
+                where = f"model.init_args.generation.{name}"
+                raise InputError(f"{where}: must be {want}, got {vars(self)[name]}. Correct it.")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -216,6 +235,13 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     ranking: bool = False
+
+
+class Isolation(NamedTuple):
+    """In which layouts a model keeps the documents of one row apart."""
+
+    padded: bool
+    padding_free: bool
 
 
 Task = Literal["pt", "sft"]

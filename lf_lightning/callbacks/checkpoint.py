@@ -54,7 +54,21 @@ class RunCheckpoint(ModelCheckpoint):
         """Nothing to prepare: the run folder is the trainer's."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is saved before the first step."""
+        """Nothing is saved before the first step; but what ranks checkpoints must exist.
+
+        Raises:
+            InputError: Nothing of the name of `monitor` is ever logged.
+        """
+        stage: Any = pl_module
+        if self.watched is None:
+            return
+        if stage.data is not None and "val" not in stage.data.sets:
+            raise InputError("checkpoint.monitor: needs a validation set, got none. Set data.val_size, or remove it.")
+        known = [
+            f"val/{name}" for name in stage.reported(dict.fromkeys(("loss", *stage.coefficients, *stage.metrics), 0.0))
+        ]
+        if self.watched not in known:
+            raise InputError(f"checkpoint.monitor: must be one of {', '.join(known)}, got {self.watched}. Correct it.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,9 +81,6 @@ class RunCheckpoint(ModelCheckpoint):
         """Remember how good the checkpoint of this step is."""
         if self.watched is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.watched not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics))
-            raise InputError(f"checkpoint.monitor: must be one of {known}, got {self.watched}. Correct it.")
         self.values[trainer.global_step] = float(trainer.callback_metrics[self.watched])
         self._prune(trainer)
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lf_lightning.types import InputError
+
 MANIFEST = "manifest.json"
 
 
@@ -55,6 +57,21 @@ def sha256(path: Path) -> str:
     """Hash of a file's bytes, in hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_whole(folder: Path) -> None:
+    """Compare a checkpoint with its manifest, file by file, by size.
+
+    Raises:
+        InputError: It has no manifest, or a file is missing or has another size.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise InputError(f"{folder}: must be a complete checkpoint, got one without {MANIFEST}. Give another folder.")
+    for name, facts in json.loads(manifest.read_text())["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else "no file"
+        if size != facts["size"]:
+            raise InputError(f"{folder / name}: must have {facts['size']} bytes, got {size}. Give another checkpoint.")
 
 
 def step_of(folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,12 @@ class RunFolder(Callback):
             InputError: The folder holds checkpoints that a fresh start would mix with its own.
         """
         folder = run_folder(trainer)
+        make_writable(folder)
         checkpoints = complete_checkpoints(folder)
         if trainer.ckpt_path is None and not self.overwrite:
             refuse_mixing(folder)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder)
             if trainer.ckpt_path is None:
                 _move_previous(folder, checkpoints)
@@ -57,6 +58,24 @@ class RunFolder(Callback):
         """Put a model card beside the weights of final/."""
         if trainer.is_global_zero and not (folder / "trainer_state").exists():
             (folder / "README.md").write_text(model_card(trainer, pl_module, self._text))
+
+
+def make_writable(folder: Path) -> None:
+    """Make the run folder.
+
+    Raises:
+        InputError: It cannot be made, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"trainer.default_root_dir: must be a folder that can be written, got {folder} ({error.strerror}). "
+            "Choose another."
+        ) from error
 
 
 def refuse_mixing(folder: Path) -> None:

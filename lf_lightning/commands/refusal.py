@@ -65,6 +65,10 @@ def check_top_keys(argv: list[str]) -> None:
                     raise InputError(f"{key}: there is no such option. {_hint(str(key), TOP)}")
                 if key in ("trainer", "checkpoint", "data") and not isinstance(content[key], dict | str | None):
                     raise InputError(f"{key}: must hold options, got {content[key]!r}. Write {key}: {{option: value}}.")
+            data = content.get("data") if isinstance(content, dict) else None
+            for name, owner in (("backbone", "model.init_args.backbone"), ("task", "model.class_path")):
+                if isinstance(data, dict) and name in data:
+                    raise InputError(f"data.{name}: is taken from {owner}, got a value of its own. Remove it.")
 
 
 def refusal(message: str) -> str:
@@ -73,8 +77,8 @@ def refusal(message: str) -> str:
     Args:
         message: Several lines of nested complaints, the innermost last.
     """
-    ours = re.search(r"(?:^|- )((?:model|data|trainer|checkpoint)\.[\w.]+: (?:must|excludes|give|asks) .*)", message)
-    if ours:
+    ours = re.search(r"(?:^|- |\n\s+)((?:model|data|trainer|checkpoint)\.[\w.]+: \S.*)", message)
+    if ours and "-->" not in message:
         return ours[1]
     keys = re.findall(r'Parser key "([^"]+)"', message)
     for pattern, explain in PATTERNS:
@@ -143,6 +147,10 @@ def _wrong_shape(path: str, value: str) -> str:
     beside = [key for key in re.findall(r"'(\w+)': ", value) if key in _options(path.rsplit(".", 1)[-1])]
     if "class_path" in value and beside:
         return f"{path}.{beside[0]}: must lie below init_args, got it beside class_path. Indent it below init_args."
+    named = re.search(r"'class_path': '([^']+)'", value)
+    if named:
+        choices = ", ".join(sorted(kind.__name__ for kind in OWNERS[path.rsplit(".", 1)[-1]]))
+        return f"{path}.class_path: must be one of {choices}, or a subclass that can be imported, got {named[1]}."
     short = value if len(value) <= 40 else value[:37] + "..."
     return f"{path}: must be {{class_path: NAME, init_args: {{...}}}}, got {short}. Write it so."
 
@@ -160,6 +168,10 @@ def _broken_yaml(keys: list[str], found: re.Match[str], message: str) -> str:
     return f"--config: must be YAML, got a file that cannot be read {problem}. Correct it there."
 
 
+def _no_mapping(keys: list[str], found: re.Match[str], message: str) -> str:
+    return "--config: must hold options, got an empty file or a list. Write for example `model: {class_path: SFT}`."
+
+
 def _missing(keys: list[str], found: re.Match[str], message: str) -> str:
     if "model" in found[1]:
         return "model: must say which stage runs, got nothing. Give --config FILE with model.class_path: SFT."
@@ -171,6 +183,7 @@ def _linked(keys: list[str], found: re.Match[str], message: str) -> str:
 
 
 PATTERNS = (
+    (r"Unexpected config", _no_mapping),
     (r"argument (?:\w+\()?([\w.]+)\)? --> ([\w.]+):", _linked),
     (r"File does not exist: '([^']*)'", _missing_file),
     (r"Problems parsing config:\s*(.*)", _broken_yaml),

@@ -23,7 +23,7 @@ from lf_lightning.data.store import TokenStore, build_store
 from lf_lightning.data.templates import Template, load_template, stop_token_ids
 from lf_lightning.data.tokenizer import fit_tokenizer, load_tokenizer
 from lf_lightning.lightning_private import global_seed
-from lf_lightning.types import BackboneSpec, InputError, Layout, PromptBatch, Source, StepBatch, Task, Unit
+from lf_lightning.types import BackboneSpec, InputError, Isolation, Layout, PromptBatch, Source, StepBatch, Task, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,24 +155,25 @@ class DataModule(LightningDataModule):
         """How micro-batches lie in memory: as asked for, or as the stage's probe decided."""
         return self._layout or "padded"
 
-    def resolve_layout(self, *, padding_free: bool) -> Layout:
-        """Take the verdict of the stage's probe on whether the model keeps documents of a row apart.
+    def resolve_layout(self, verdict: Isolation) -> Layout:
+        """Take the verdict of the stage's probe on the layouts in which the model keeps documents of a row apart.
 
         Raises:
             InputError: The configuration needs what the model cannot do.
         """
-        if self.arguments["layout"] == "padding_free" and not padding_free:
+        if self.arguments["layout"] == "padding_free" and not verdict.padding_free:
             raise InputError(
                 "data.layout: padding_free needs a model whose documents do not see each other, "
                 "got one that failed the probe. Set data.layout: padded."
             )
-        if self.options.packing != "none" and self.isolate_documents and not padding_free:
-            raise InputError(
-                "data.isolate_documents: needs a model whose documents do not see each other, "
-                "got one that failed the probe. Set it to false, or data.packing: none."
-            )
         if self.arguments["layout"] == "auto":
-            self._layout = "padding_free" if padding_free else "padded"
+            self._layout = "padding_free" if verdict.padding_free else "padded"
+        isolates = self.options.packing != "none" and self.isolate_documents
+        if isolates and self.layout == "padded" and not verdict.padded:
+            raise InputError(
+                "data.isolate_documents: needs a model whose documents do not see each other in one row, "
+                "got one that failed the probe in the padded layout. Set it to false, or data.packing: none."
+            )
         return self.layout
 
     # ------------------------------------------------------------------ Lightning's hooks

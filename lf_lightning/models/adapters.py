@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lf_lightning.types import InputError
@@ -73,8 +74,8 @@ class LoRA(Tuning):
         rank: Rank of the update, > 0.
         alpha: Strength of the update; empty means 2 * rank.
         dropout: Probability of dropping an input of A while training, in [0, 1).
-        target: Linear layers that get an adapter: `all` (every one but the output layer), or a list of module names
-            such as [q_proj, v_proj].
+        target: Linear layers that get an adapter: `all` (every one but the output layer; experts that a model fuses
+            into one tensor are no linear layers), or a list of module names such as [q_proj, v_proj].
         adapter: Folder of an adapter to continue. Its own rank, alpha, dropout and target apply, so none of them may
             be given beside it.
     """
@@ -104,16 +105,10 @@ class LoRA(Tuning):
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
         """Add new adapters, or load the ones to continue; everything else is frozen."""
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig, get_peft_model
 
         if self.adapter is not None:
-            if not (Path(self.adapter) / "adapter_config.json").is_file():
-                raise InputError(
-                    f"model.init_args.tuning.init_args.adapter: must be a folder with adapter_config.json, "
-                    f"got {self.adapter}. Give the folder of a saved adapter."
-                )
-            continued: PeftModel = PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
-            return continued
+            return _continued(model, self.adapter)
         target: str | list[str] = "all-linear"
         if self.target != "all":
             target = [self.target] if isinstance(self.target, str) else list(self.target)
@@ -127,6 +122,22 @@ class LoRA(Tuning):
         )
         adapted: PeftModel = get_peft_model(model, config)
         return adapted
+
+
+def _continued(model: PreTrainedModel, adapter: str) -> PeftModel:
+    """A model with a saved adapter that trains on."""
+    from peft import PeftModel
+
+    where, folder = "model.init_args.tuning.init_args.adapter", Path(adapter)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{where}: must be a folder with {name}, got {adapter}. Give the folder of an adapter.")
+    try:
+        continued: PeftModel = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise InputError(f"{where}: {adapter} does not fit the model, got {reason} Use its own base model.") from error
+    return continued
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:

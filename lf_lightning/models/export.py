@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,11 +72,22 @@ def load_weights(backbone: Backbone, folder: Path) -> None:
         elif stored is not None:
             with safe_open(files[stored], "pt") as handle:
                 tensor = handle.get_tensor(stored)
-        elif parameter.requires_grad:
-            raise InputError(f"{folder}: lacks the trained weight {name}. Give a folder that this configuration wrote.")
+        elif not fallback and parameter.requires_grad:
+            fallback = _converted(backbone, folder)
+            if name not in fallback:
+                raise InputError(f"{folder}: lacks the trained weight {name}. Give a folder of this configuration.")
+            tensor = fallback[name]
         else:
             continue
         _copy(parameter, tensor, name, folder)
+
+
+def _converted(backbone: Backbone, folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder in the arrangement in which the model holds them, as transformers converts them."""
+    from transformers import AutoModelForCausalLM
+
+    causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return {name: parameter.detach() for name, parameter in causal_lm.named_parameters(remove_duplicate=False)}
 
 
 def _load_adapter(backbone: Backbone, folder: Path) -> None:
@@ -85,7 +96,11 @@ def _load_adapter(backbone: Backbone, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise InputError(f"{folder}: must hold adapter_model.safetensors, got none. Give the folder of an adapter.")
-    result: Any = set_peft_model_state_dict(backbone.model, load_file(path))
+    try:
+        result: Any = set_peft_model_state_dict(backbone.model, load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise InputError(f"{path}: does not fit this model's adapter: {reason} Use the run's own tuning.") from error
     missing = [key for key in result.missing_keys if "lora_" in key]
     if missing or result.unexpected_keys:
         culprit = (missing or result.unexpected_keys)[0]
@@ -96,8 +111,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """Name of each tensor of a folder -> the file that holds it."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as handle:
-            found.update(dict.fromkeys(handle.keys(), path))
+        try:
+            with safe_open(path, "pt") as handle:
+                found.update(dict.fromkeys(handle.keys(), path))
+        except SafetensorError as error:
+            raise InputError(f"{path}: must be a whole safetensors file, got {error}. Use another folder.") from error
     return found
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from lf_lightning.models.adapters import Tuning, upcast_trainable
 from lf_lightning.models.backbone import Backbone, embedding_rows
@@ -61,20 +64,33 @@ def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> 
                 scratch_dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
                 model = AutoModelForCausalLM.from_config(config, dtype=scratch_dtype, attn_implementation=attention)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            answer: Any = AutoModelForCausalLM.from_pretrained(
                 spec.path,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=spec.trust_remote_code,
                 revision=spec.revision,
+                output_loading_info=True,
             )
-    except (OSError, ImportError, ValueError) as error:
+            model, report = answer
+            _check_complete(spec.path, report)
+    except InputError:
+        raise
+    except (OSError, ImportError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise InputError(
             f"{WHERE}: the model cannot be loaded, got {_first_line(error)} Check path and attention."
         ) from error
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _check_complete(path: str, report: Any) -> None:
+    """Refuse weights that do not fill the model: transformers would draw the missing ones at random."""
+    missing = sorted(map(str, report["missing_keys"])) + sorted(str(key) for key, *_ in report["mismatched_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{WHERE}.path: {path} lacks the weight {missing[0]}{more}. Use a folder that is whole.")
 
 
 def _config(spec: BackboneSpec, vocab_size: int) -> PretrainedConfig:
@@ -102,17 +118,24 @@ def _config(spec: BackboneSpec, vocab_size: int) -> PretrainedConfig:
 def _scratch_config(architecture: dict[str, Any], vocab_size: int) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    values = {"vocab_size": vocab_size, **architecture}
+    # the special tokens of a family's own tokenizer may lie beyond a small vocabulary
+    values = {"vocab_size": vocab_size, "pad_token_id": None, **architecture}
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise InputError(
             f"{WHERE}.architecture.model_type: must be one that transformers knows, got {model_type}. Try llama."
         )
-    known = CONFIG_MAPPING[model_type]().to_dict()
+    kind = CONFIG_MAPPING[model_type]
+    known = {*kind().to_dict(), *kind.attribute_map, "rope_theta", "head_dim"}
     for key in values:
-        if key not in known and key not in ("rope_theta", "head_dim"):
-            raise InputError(f"{WHERE}.architecture: {model_type} has no option {key}. Correct or remove it.")
-    config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else "Remove it."
+            raise InputError(f"{WHERE}.architecture.{key}: {model_type} has no such option. {hint}")
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"{WHERE}.architecture: cannot be built, got {_first_line(error)} Correct it.") from error
     return config
 
 
@@ -126,6 +149,6 @@ def _check_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """The first sentence of a library's message, as one line that ends in a full stop."""
-    line = " ".join(str(error).split("\n")[0].split())
-    return line.rstrip(".") + "."
+    """A library's message as one line that ends in a full stop; its first two lines, where it is long."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]).rstrip(".") + "."

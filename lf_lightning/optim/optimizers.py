@@ -42,15 +42,20 @@ class AdamW(OptimizerSpec):
     fused: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a rate that is not positive.
+        """Refuse values outside their range.
 
         Raises:
             InputError: As said.
         """
-        if not self.lr > 0:
-            raise InputError(
-                f"model.init_args.optimizer.init_args.lr: must be positive, got {self.lr}. Try 5.0e-5 for full tuning."
-            )
+        for name, holds, want in (
+            ("lr", self.lr > 0, "positive"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
+            ("eps", self.eps > 0, "positive"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+        ):
+            if not holds:
+                where = f"model.init_args.optimizer.init_args.{name}"
+                raise InputError(f"{where}: must be {want}, got {vars(self)[name]}. Correct it.")
 
     def build(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Two groups, decayed and not, in the order of the model."""

@@ -28,11 +28,13 @@ from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options
 from lf_lightning.stages.layout import settle_layout
 from lf_lightning.stages.means import SetMeans
 from lf_lightning.stages.ranks import Ranks, seed_random_layers
+from lf_lightning.stages.resume import check_same_stage
 from lf_lightning.types import (
     Answer,
     BackboneSpec,
     GenerationSpec,
     InputError,
+    Isolation,
     LossSums,
     PromptBatch,
     StepBatch,
@@ -96,7 +98,7 @@ class Stage(LightningModule, ABC):
         """Tokens trained on so far, over all ranks, padding not counted."""
         self.num_skipped_steps = 0
         self._backbone: Backbone | None = None
-        self._padding_free: bool | None = None
+        self._isolation: Isolation | None = None
         self._grad_norm = torch.zeros(())
         self._overflows_in_a_row = 0
         self._tokens_since_log, self._time_of_log = 0, 0.0
@@ -169,7 +171,7 @@ class Stage(LightningModule, ABC):
             self._settle_layout()
 
     def _settle_layout(self) -> None:
-        self._padding_free = settle_layout(self.backbone, self.data, self.ranks, known=self._padding_free)
+        self._isolation = settle_layout(self.backbone, self.data, self.ranks, known=self._isolation)
 
     # ------------------------------------------------------------------ the step
 
@@ -293,7 +295,8 @@ class Stage(LightningModule, ABC):
         checkpoint["state_dict"] = {}
         checkpoint["stage"] = {
             "name": type(self).__name__,
-            "padding_free": self._padding_free,
+            "isolation": self._isolation and tuple(self._isolation),
+            "num_trained": self.backbone.num_parameters()[0],
             "total_tokens": self.total_tokens,
             "num_skipped_steps": self.num_skipped_steps,
         }
@@ -301,12 +304,8 @@ class Stage(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the weights of the checkpoint's folder, and with the layout that the run had settled on."""
         state = checkpoint["stage"]
-        if state["name"] != type(self).__name__:
-            raise InputError(
-                f"model.class_path: must be {state['name']}, the stage of this checkpoint, got {type(self).__name__}. "
-                "Change it, or start without --ckpt_path."
-            )
-        self._padding_free = state["padding_free"]
+        check_same_stage(state, name=type(self).__name__, num_trained=self.backbone.num_parameters()[0])
+        self._isolation = Isolation(*state["isolation"]) if state["isolation"] else None
         self.total_tokens, self.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
         load_weights(self.backbone, Path(str(self.trainer.ckpt_path)).parent.parent)
 

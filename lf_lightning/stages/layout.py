@@ -8,9 +8,10 @@ from lf_lightning.console import say
 from lf_lightning.models import Backbone
 from lf_lightning.models.probe import check_output_layer, documents_are_isolated
 from lf_lightning.stages.ranks import Ranks
+from lf_lightning.types import Isolation
 
 
-def settle_layout(backbone: Backbone, data: Any, ranks: Ranks, *, known: bool | None) -> bool | None:
+def settle_layout(backbone: Backbone, data: Any, ranks: Ranks, *, known: Isolation | None) -> Isolation | None:
     """Ask the model, tell the data the verdict, and switch the attention to the layout that follows.
 
     Args:
@@ -20,13 +21,17 @@ def settle_layout(backbone: Backbone, data: Any, ranks: Ranks, *, known: bool | 
         known: An earlier verdict of this run, which a resume does not ask for again.
 
     Returns:
-        Whether documents of one row are apart; None where nobody asked.
+        In which layouts documents of one row are apart; None where nobody asked.
     """
     check_output_layer(backbone)
     if data is None:
         return known
-    padding_free = ranks.all_agree(documents_are_isolated(backbone)) if known is None else known
-    layout = data.resolve_layout(padding_free=padding_free)
+    verdict = known or Isolation(
+        padded=ranks.all_agree(documents_are_isolated(backbone, "padded")),
+        padding_free=ranks.all_agree(documents_are_isolated(backbone, "padding_free")),
+    )
+    layout = data.resolve_layout(verdict)
     backbone.set_layout(layout)
-    say(f"data.layout: {layout}" + ("" if padding_free else " (the model's documents see each other in one row)"))
-    return padding_free
+    seen = "" if verdict.padding_free else " (in one row this model's documents would see each other)"
+    say(f"data.layout: {layout}{seen}")
+    return verdict

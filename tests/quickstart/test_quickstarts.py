@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -31,6 +32,12 @@ def lf_lightning(*arguments: str, threads: int = 1) -> subprocess.CompletedProce
     return done
 
 
+def clock() -> tuple[float, float]:
+    """Wall and processor seconds of the commands that were run."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter(), used.ru_utime + used.ru_stime
+
+
 def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
 
@@ -48,26 +55,24 @@ def opened(folder: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def test_a_few_steps_of_the_sft_quickstart(tmp_path: Path):
-    done = lf_lightning("fit", "--config", SFT, *short(tmp_path), "--data.max_samples=64")
+def test_a_few_steps_of_the_sft_quickstart_and_its_score_by_predict(tmp_path: Path):
+    run = ["--config", SFT, *short(tmp_path), "--data.max_samples=64"]
+    said = lf_lightning("fit", *run).stdout
     losses = [row["loss"] for row in log(tmp_path) if "loss" in row]
     assert len(losses) == 8
     assert losses[-1] < 0.9 * losses[0]
-    for said in ("before", "right answer", "exact match after training", "final", "next, try: lf-lightning predict"):
-        assert said in done.stdout
+    for words in ("before", "right answer", str(tmp_path / "final"), "next, try: lf-lightning predict"):
+        assert words in said
+    lf_lightning("predict", *run, "--ckpt_path", str(tmp_path / "final"))
+    score = lf_lightning("score", str(tmp_path / "generated_predictions.jsonl"), "--at-least", "0").stdout
+    assert score == "exact match: " + said.split("exact match after training: ")[1].splitlines()[0] + "\n"
+    assert "of 64)" in score
     model, tokenizer = opened(tmp_path / "final")
     prompt = [{"role": "user", "content": "Reverse\nlamp"}]
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     assert tokenizer.decode(ids[0]) == "<|im_start|>user\nReverse\nlamp<|im_end|>\n<|im_start|>assistant\n"
+    assert model.config.rope_parameters["rope_theta"] == 200.0
     assert torch.isfinite(model(ids).logits).all()
-
-
-def test_the_score_at_the_end_of_training_is_that_of_predict_and_score(tmp_path: Path):
-    run = ["--config", SFT, *short(tmp_path), "--data.max_samples=24"]
-    after = lf_lightning("fit", *run).stdout.split("exact match after training: ")[1].splitlines()[0]
-    lf_lightning("predict", *run, "--ckpt_path", str(tmp_path / "final"))
-    score = lf_lightning("score", str(tmp_path / "generated_predictions.jsonl"), "--at-least", "0")
-    assert score.stdout == f"exact match: {after}\n"
 
 
 def test_a_few_steps_of_the_pt_quickstart(tmp_path: Path):
@@ -83,22 +88,22 @@ def test_a_few_steps_of_the_pt_quickstart(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_sft_quickstart_answers_nine_of_ten_held_out_prompts(seed: int, tmp_path: Path):
-    start = time.perf_counter()
+    start = clock()
     run = ["--config", SFT, f"--seed_everything={seed}", f"--trainer.default_root_dir={tmp_path}"]
     lf_lightning("fit", *run, threads=2)
-    seconds = time.perf_counter() - start
+    wall, busy = (after - before for before, after in zip(start, clock(), strict=True))
     lf_lightning("predict", *run, "--ckpt_path", str(tmp_path / "final"), threads=2)
     score = lf_lightning("score", str(tmp_path / "generated_predictions.jsonl"), "--at-least", "0.9")
-    print(f"\n| sft | {seed} | {score.stdout.strip()} | {seconds:.0f} |")
+    print(f"\n| sft | {seed} | {score.stdout.strip().removeprefix('exact match: ')} | {wall:.0f} | {busy:.0f} |")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_pt_quickstart_reads_held_out_stories_at_a_perplexity_below_the_stated_one(seed: int, tmp_path: Path):
-    start = time.perf_counter()
+    start = clock()
     options = [f"--seed_everything={seed}", f"--trainer.default_root_dir={tmp_path}"]
     lf_lightning("fit", "--config", PT, *options, threads=2)
-    seconds = time.perf_counter() - start
+    wall, busy = (after - before for before, after in zip(start, clock(), strict=True))
     perplexity = [row["eval_perplexity"] for row in log(tmp_path) if "eval_perplexity" in row][-1]
-    assert perplexity < 1.3
-    print(f"\n| pt | {seed} | perplexity {perplexity:.3f} | {seconds:.0f} |")
+    assert perplexity < 1.3  # as the YAML says
+    print(f"\n| pt | {seed} | {perplexity:.3f} | {wall:.0f} | {busy:.0f} |")

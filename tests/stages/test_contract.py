@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -302,8 +303,14 @@ def run(cases: list[Case], num_ranks: int, folder: Path) -> list[list[dict[str, 
     script = root / "tests" / "stages" / "contract_run.py"
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(folder), str(num_ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        try:
+            code = process.wait(timeout=400)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its other ranks too: they would wait for each other forever
+            code = process.wait()
+    assert code == 0, (folder / "log").read_text()[-4000:]
     return [[torch.load(folder / f"{each.options['name']}.{rank}.pt") for rank in range(num_ranks)] for each in cases]
 
 
