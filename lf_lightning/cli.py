@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
 import re
 import sys
-import warnings
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +18,7 @@ from lf_lightning.callbacks import PlainProgress, RunCheckpoint, RunFolder, last
 from lf_lightning.callbacks.folder import check_whole, complete_checkpoints
 from lf_lightning.callbacks.run_folder import make_writable, refuse_mixing
 from lf_lightning.commands.refusal import check_top_keys, refusal
-from lf_lightning.console import say
+from lf_lightning.console import quiet_libraries, say
 from lf_lightning.data.datamodule import DataModule
 from lf_lightning.models import Tuning
 from lf_lightning.optim import OptimizerSpec
@@ -127,7 +124,7 @@ def validate(argv: list[str]) -> int:
     """Measure the loss on the validation rows."""
     cli = build(argv, "validate")
     cli.model.weights_folder = _weights_folder(cli)
-    cli.trainer.validate(cli.model, cli.datamodule)
+    cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     return 0
 
 
@@ -135,7 +132,7 @@ def test(argv: list[str]) -> int:
     """Measure the loss on data.test_datasets."""
     cli = build(argv, "test")
     cli.model.weights_folder = _weights_folder(cli)
-    cli.trainer.test(cli.model, cli.datamodule)
+    cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     return 0
 
 
@@ -188,7 +185,7 @@ def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
     )
     recipe = gate.config.clone()
     recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
-    text = gate.parser.dump(recipe, skip_none=False)
+    text = gate.parser.dump(recipe, skip_unset=False)
     trainer: Any = gate.trainer  # Lightning leaves its callbacks untyped
     trainer.callbacks.insert(0, RunFolder(overwrite=gate.config.overwrite, config=text))
     return gate
@@ -207,7 +204,7 @@ def print_help(argv: list[str], verb: str) -> None:
     usage, *lines = text.getvalue().splitlines()
     print(usage.replace("COMMAND", verb))
     for line in lines:
-        if not line.startswith("usage:"):  # parsers nest, and a nested one forgets where it stands
+        if not line.startswith(("usage:", "  --data.backbone")):  # a nested parser's own; taken from the stage
             print(re.sub(r"--(tuning|optimizer)\.", r"--model.\1.", line))
 
 
@@ -248,19 +245,6 @@ def check_config(config: Namespace) -> None:
             "model.init_args.optimizer.init_args.fused: must be false with trainer.precision: 16-mixed, got true. "
             "Change one of them."
         )
-
-
-def quiet_libraries() -> None:
-    """Bars and hints of the libraries below us would bury our lines."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("lightning.pytorch", "lightning.fabric", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 def _state_file(asked: str | None) -> Path | None:

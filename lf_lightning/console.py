@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import warnings
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -11,3 +14,16 @@ from lightning.pytorch.utilities import rank_zero_only
 def say(line: str) -> None:
     """Print a line on stderr, on the first rank."""
     print(line, file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Silence the bars, hints and advertisements of the libraries below us, which would bury our lines."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("lightning.pytorch", "lightning.fabric", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

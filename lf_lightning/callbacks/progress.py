@@ -25,7 +25,7 @@ class PlainProgress(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the values of the set."""
-        if not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             say(f"step {trainer.global_step}  {line}")

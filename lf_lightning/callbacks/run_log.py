@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.checkpoint import run_folder
+from lf_lightning.console import say
 
 JSONL, CSV, RESULTS = "trainer_log.jsonl", "metrics.csv", "all_results.json"
 
@@ -60,12 +61,18 @@ class RunLog(Callback):
             row = {**self._progress(trainer), **{f"eval_{name}": value for name, value in values.items()}}
             self._write(trainer, row, {f"val/{name}": value for name, value in values.items()})
         else:
-            write_results(trainer, {f"eval_{name}": value for name, value in values.items()})
+            self._report(trainer, "eval", values)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the values of the test set to all_results.json."""
+        self._report(trainer, "test", _values(trainer, "test/"))
+
+    def _report(self, trainer: Trainer, kind: str, values: dict[str, float]) -> None:
+        """Say and write the values of a set that was measured by itself."""
         if trainer.is_global_zero:
-            write_results(trainer, {f"test_{name}": value for name, value in _values(trainer, "test/").items()})
+            write_results(trainer, {f"{kind}_{name}": value for name, value in values.items()})
+            line = "  ".join(f"{kind}_{name} {value:.4f}" for name, value in values.items())
+            say(f"{line}  (in {run_folder(trainer) / RESULTS})")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last values of the run to all_results.json."""

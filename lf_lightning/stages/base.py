@@ -146,7 +146,8 @@ class Stage(LightningModule, ABC):
             shard(backbone, self.device_mesh)
         self._backbone = backbone.train()
         trained, everything = backbone.num_parameters()
-        say(f"model: {trained:,} of {everything:,} parameters train ({100 * trained / everything:.2f} %)")
+        share = f", {trained:,} of them train ({100 * trained / everything:.2f} %)"
+        say(f"model: {everything:,} parameters{share if self.trainer.state.fn == 'fit' else ''}")
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer of the trainable parameters, and its schedule in optimizer steps."""
@@ -326,7 +327,7 @@ class Stage(LightningModule, ABC):
         self._tokens_since_log, self._time_of_log = 0, time.perf_counter()
         values = {f"train/{name}": value for name, value in self.reported(means).items()}
         values["train/grad_norm"] = float(self._grad_norm)
-        values["train/learning_rate"] = float(self._schedule.get_last_lr()[0])
+        values["train/learning_rate"] = float(self._optimizer.param_groups[0]["lr"])
         self.log_dict({name: self._exact(value) for name, value in values.items()})
         self.log("tokens/s", self._exact(speed), prog_bar=True)
         self.log("loss", self._exact(means["loss"]), prog_bar=True, logger=False)
