@@ -236,7 +236,9 @@ def main() -> None:
         capability=torch.backends.cpu.get_cpu_capability(),
         table="\n".join(table),
         **{name: version(name) for name in ("torch", "transformers", "lightning")},
-        **{name: vars(arguments)[name] for name in ("hidden", "layers", "micro_batches", "steps", "warm_up", "threads")},
+        **{
+            name: vars(arguments)[name] for name in ("hidden", "layers", "micro_batches", "steps", "warm_up", "threads")
+        },
     )
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(text, encoding="utf-8")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.types import InputError
@@ -17,21 +18,37 @@ TRAINABLE = "trainable.safetensors"
 """Holds trained parameters by our names, in trainer_state/, where the folder itself stores them under other names."""
 
 
-def save_weights(backbone: Backbone, folder: Path, *, base: str | None) -> None:
+def save_weights(backbone: Backbone, folder: Path, *, base: str | None, writes: bool) -> None:
     """Write what was trained: an adapter alone, or the whole model, with its configuration.
 
     Args:
-        backbone: The model.
+        backbone: The model; where it is sharded, every rank must call.
         folder: An existing folder.
         base: What an adapter names as its base model.
+        writes: Whether this rank writes; only one may.
     """
+    model: Any = backbone.model
+    state = _whole_state(model)
+    if not writes:
+        return
     if backbone.is_adapter:
-        for config in backbone.model.peft_config.values():
+        for config in model.peft_config.values():
             config.base_model_name_or_path = base
-        backbone.model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty model card
     else:
-        backbone.causal_lm.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
+
+
+def _whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The gathered weights of a sharded model, on the first rank and on the CPU; None where nothing is sharded."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: Any = get_model_state_dict(model, options=options)
+    return dict(state)
 
 
 def save_unnamed_weights(backbone: Backbone, folder: Path) -> None:

@@ -23,6 +23,7 @@ from lf_lightning.lightning_private import global_seed
 from lf_lightning.models import Backbone, LoRA, Tuning, load_backbone
 from lf_lightning.models.export import load_weights, save_unnamed_weights, save_weights
 from lf_lightning.models.generation import generate_answers
+from lf_lightning.models.probe import check_output_layer
 from lf_lightning.models.sharding import clip_gradients, shard
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate
 from lf_lightning.stages.layout import settle_layout
@@ -141,6 +142,7 @@ class Stage(LightningModule, ABC):
             backbone.causal_lm.generation_config.pad_token_id = data.tokenizer.pad_token_id
         if self.weights_folder is not None:
             load_weights(backbone, self.weights_folder)
+        check_output_layer(backbone)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
             shard(backbone, self.device_mesh)
@@ -287,8 +289,9 @@ class Stage(LightningModule, ABC):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the trained weights as transformers or peft would, with what only a resume needs in trainer_state/."""
-        save_weights(self.backbone, folder, base=self.backbone_spec.path)
-        if (folder / "trainer_state").is_dir():
+        writes = self.trainer.is_global_zero
+        save_weights(self.backbone, folder, base=self.backbone_spec.path, writes=writes)
+        if writes and (folder / "trainer_state").is_dir():
             save_unnamed_weights(self.backbone, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

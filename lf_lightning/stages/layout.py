@@ -6,7 +6,7 @@ from typing import Any
 
 from lf_lightning.console import say
 from lf_lightning.models import Backbone
-from lf_lightning.models.probe import check_output_layer, documents_are_isolated
+from lf_lightning.models.probe import documents_are_isolated
 from lf_lightning.stages.ranks import Ranks
 from lf_lightning.types import Isolation
 
@@ -23,7 +23,6 @@ def settle_layout(backbone: Backbone, data: Any, ranks: Ranks, *, known: Isolati
     Returns:
         In which layouts documents of one row are apart; None where nobody asked.
     """
-    check_output_layer(backbone)
     if data is None:
         return known
     verdict = known or Isolation(

@@ -36,7 +36,7 @@ def backbone_of(tuning: Tuning, **options: Any) -> Backbone:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base")
-    save_weights(backbone_of(Full()), folder, base=None)
+    save_weights(backbone_of(Full()), folder, base=None, writes=True)
     return str(folder)
 
 
@@ -145,7 +145,7 @@ def perturb(backbone: Backbone) -> None:
 def test_a_continued_adapter_starts_where_it_was_and_trains_on(base: str, tmp_path: Path) -> None:
     first = adapted(base, LoRA(rank=3, alpha=5.0, target=["q_proj", "o_proj"]))
     perturb(first)
-    save_weights(first, tmp_path, base=base)
+    save_weights(first, tmp_path, base=base, writes=True)
     second = adapted(base, LoRA(adapter=str(tmp_path)))
     assert trained(second) == trained(first)
     parameters = dict(second.model.named_parameters())
@@ -154,7 +154,7 @@ def test_a_continued_adapter_starts_where_it_was_and_trains_on(base: str, tmp_pa
 
 
 def test_a_continued_adapter_over_a_bfloat16_base_is_float32(base: str, tmp_path: Path) -> None:
-    save_weights(adapted(base, LoRA(rank=3)), tmp_path, base=base)
+    save_weights(adapted(base, LoRA(rank=3)), tmp_path, base=base, writes=True)
     second = adapted(base, LoRA(adapter=str(tmp_path)), dtype="bfloat16")
     found = {(parameter.requires_grad, parameter.dtype) for parameter in second.parameters()}
     assert found == {(True, torch.float32), (False, torch.bfloat16)}

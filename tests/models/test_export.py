@@ -85,7 +85,7 @@ def names_in(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    save_weights(scratch(UNTIED), folder, base=None)
+    save_weights(scratch(UNTIED), folder, base=None, writes=True)
     return folder
 
 
@@ -134,7 +134,7 @@ def test_a_final_folder_without_trainer_state_gives_the_weights_back(
     tmp_path: Path, architecture: dict[str, Any]
 ) -> None:
     trained = perturb(scratch(architecture))
-    save_weights(trained, tmp_path, base=None)
+    save_weights(trained, tmp_path, base=None, writes=True)
     other = scratch(architecture, seed=1)
     load_weights(other, tmp_path)
     torch.testing.assert_close(logits(other.causal_lm), logits(trained.causal_lm), rtol=0, atol=1e-6)
@@ -154,7 +154,7 @@ def test_a_model_in_shards_is_read_shard_by_shard(tmp_path: Path, architecture: 
 
 def test_an_adapter_opens_with_plain_peft_over_its_base(tmp_path: Path, base: Path) -> None:
     backbone = perturb(over(base, LoRA(rank=4, alpha=6.0)))
-    folder = saved(backbone, folder_in(tmp_path, "checkpoint"), base=base)
+    folder = saved(backbone, folder_in(tmp_path, "checkpoint"), base=base, writes=True)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     torch.testing.assert_close(logits(plain), logits(backbone.causal_lm), rtol=0, atol=1e-6)
     assert (logits(plain) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-2
@@ -165,7 +165,7 @@ def test_an_adapter_opens_with_plain_peft_over_its_base(tmp_path: Path, base: Pa
 @pytest.mark.parametrize("target", ["all", ["q_proj"], ["lm_head", "v_proj"]])
 def test_an_adapter_folder_holds_no_frozen_weight(tmp_path: Path, base: Path, target: Any) -> None:
     backbone = over(base, LoRA(rank=4, target=target))
-    folder = saved(backbone, folder_in(tmp_path, "checkpoint"), base=base)
+    folder = saved(backbone, folder_in(tmp_path, "checkpoint"), base=base, writes=True)
     tensors = load_file(folder / "adapter_model.safetensors")
     assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
     assert sum(tensor.numel() for tensor in tensors.values()) == backbone.num_parameters()[0]
@@ -177,7 +177,7 @@ def test_an_adapter_folder_holds_no_frozen_weight(tmp_path: Path, base: Path, ta
 
 def test_an_adapter_checkpoint_gives_its_weights_back_bit_by_bit(tmp_path: Path, base: Path) -> None:
     trained = perturb(over(base, LoRA(rank=4)))
-    folder = saved(trained, folder_in(tmp_path, "checkpoint"), base=base)
+    folder = saved(trained, folder_in(tmp_path, "checkpoint"), base=base, writes=True)
     other = over(base, LoRA(rank=4))
     load_weights(other, folder)
     want = dict(trained.named_parameters())
@@ -190,7 +190,7 @@ def test_a_half_precision_model_is_saved_so_that_it_opens_to_the_same_logits(
     tmp_path: Path, base: Path, tuning: Tuning
 ) -> None:
     backbone = perturb(over(base, tuning, dtype="bfloat16"))
-    save_weights(backbone, tmp_path, base=None)
+    save_weights(backbone, tmp_path, base=None, writes=True)
     other = over(base, tuning, dtype="bfloat16")
     load_weights(other, tmp_path)
     want = dict(backbone.named_parameters())
@@ -206,13 +206,13 @@ def test_a_half_precision_model_is_saved_so_that_it_opens_to_the_same_logits(
 
 
 def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
-    save_weights(scratch(UNTIED), tmp_path, base=None)
+    save_weights(scratch(UNTIED), tmp_path, base=None, writes=True)
     with pytest.raises(InputError, match=r"weight model\.layers\.0\.mlp\.gate_proj\.weight must have shape \(20, 16\)"):
         load_weights(scratch({**UNTIED, "intermediate_size": 20}), tmp_path)
 
 
 def test_a_folder_that_lacks_a_trained_weight_is_refused(tmp_path: Path) -> None:
-    save_weights(scratch(UNTIED), tmp_path, base=None)
+    save_weights(scratch(UNTIED), tmp_path, base=None, writes=True)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
@@ -227,6 +227,6 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, base: Path) -> N
 
 @pytest.mark.parametrize("tuning", [LoRA(rank=2), LoRA(rank=4, target=["q_proj"]), LoRA(rank=4)])
 def test_an_adapter_of_another_make_is_refused(tmp_path: Path, base: Path, tuning: Tuning) -> None:
-    save_weights(over(base, LoRA(rank=4, target=["q_proj", "v_proj"])), tmp_path, base=str(base))
+    save_weights(over(base, LoRA(rank=4, target=["q_proj", "v_proj"])), tmp_path, base=str(base), writes=True)
     with pytest.raises(InputError, match="adapter"):
         load_weights(over(base, tuning), tmp_path)

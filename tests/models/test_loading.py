@@ -34,7 +34,7 @@ def scratch(options: dict[str, Any] | None = None, **spec: Any) -> BackboneSpec:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    save_weights(load(scratch()), path, base=None)
+    save_weights(load(scratch()), path, base=None, writes=True)
     return path
 
 
@@ -108,6 +108,12 @@ def test_the_names_of_a_familys_config_are_options_of_its_architecture() -> None
     assert backbone.causal_lm.model.layers[0].mlp.gate.weight.shape == (4, 16)
 
 
+def test_a_family_without_a_pad_token_is_built() -> None:
+    architecture = {"model_type": "rwkv", "hidden_size": 16, "num_hidden_layers": 1, "attention_hidden_size": 16}
+    backbone = load(BackboneSpec(architecture=architecture, tokenizer="bytes"))
+    assert backbone.causal_lm.get_input_embeddings().weight.shape == (259, 16)
+
+
 def test_a_scratch_model_does_not_take_its_familys_pad_token_beyond_the_vocabulary() -> None:
     backbone = load(BackboneSpec(architecture={**LLAMA, "model_type": "smollm3"}, tokenizer="bytes"))
     assert backbone.causal_lm.get_input_embeddings().weight.shape == (259, 16)
@@ -121,7 +127,7 @@ def test_a_scratch_model_does_not_take_its_familys_pad_token_beyond_the_vocabula
     [
         ({"model_type": "lama"}, r"architecture\.model_type: must be one that transformers knows, got lama\."),
         ({"model_type": None}, r"architecture\.model_type: must be one that transformers knows, got None\."),
-        ({"hiden_size": 8}, r"architecture: llama has no option hiden_size\."),
+        ({"hiden_size": 8}, r"architecture\.hiden_size: llama has no such option\. Did you mean hidden_size\?"),
         ({"vocab_size": 100}, r"the embedding must cover the tokenizer's 259 words, got 100 rows\."),
     ],
 )

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lf_lightning import PT, BackboneSpec, DataModule, Full, InputError
 from lf_lightning.models import Backbone, load_backbone
 from lf_lightning.models.probe import check_output_layer, documents_are_isolated
+from lf_lightning.types import Layout
 
 BASE = {
     "hidden_size": 32,
@@ -44,6 +45,7 @@ ISOLATING: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "lfm2": {**BASE, "layer_types": ["full_attention", "full_attention"]},
 }
+ISOLATING["opt"] = {**STATES, "ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 32}
 LEAKING: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
@@ -62,16 +64,30 @@ def build(family: str, architecture: dict[str, Any], **options: Any) -> Backbone
 
 @pytest.mark.parametrize("family", ISOLATING)
 def test_a_model_that_keeps_documents_apart_passes(family: str) -> None:
-    assert documents_are_isolated(build(family, ISOLATING[family])) is True
+    backbone = build(family, ISOLATING[family])
+    assert documents_are_isolated(backbone, "padding_free") is True
+    assert documents_are_isolated(backbone, "padded") is (family not in ("gpt_oss", "opt"))
 
 
 @pytest.mark.parametrize("family", LEAKING)
 def test_a_model_that_carries_state_or_biases_across_a_row_fails(family: str) -> None:
-    assert documents_are_isolated(build(family, LEAKING[family])) is False
+    backbone = build(family, LEAKING[family])
+    assert documents_are_isolated(backbone, "padding_free") is False
+    assert documents_are_isolated(backbone, "padded") is False
 
 
-def test_a_bfloat16_model_passes_too() -> None:
-    assert documents_are_isolated(build("llama", BASE, dtype="bfloat16")) is True
+@pytest.mark.parametrize("family", ["stablelm", "nemotron"])
+def test_a_family_that_drops_the_documents_on_the_way_to_its_attention_is_isolated_in_padded_rows_only(
+    family: str,
+) -> None:
+    backbone = build(family, BASE)
+    assert documents_are_isolated(backbone, "padding_free") is False
+    assert documents_are_isolated(backbone, "padded") is True
+
+
+@pytest.mark.parametrize("layout", ["padded", "padding_free"])
+def test_a_bfloat16_model_passes_too(layout: Layout) -> None:
+    assert documents_are_isolated(build("llama", BASE, dtype="bfloat16"), layout) is True
 
 
 def test_the_probe_leaves_mode_layout_and_random_state_as_they_were() -> None:
@@ -79,7 +95,8 @@ def test_the_probe_leaves_mode_layout_and_random_state_as_they_were() -> None:
         backbone = build("llama", BASE).train(mode)
         backbone.set_layout(layout)
         before = torch.random.get_rng_state()
-        documents_are_isolated(backbone)
+        documents_are_isolated(backbone, "padded")
+        documents_are_isolated(backbone, "padding_free")
         check_output_layer(backbone)
         assert torch.equal(torch.random.get_rng_state(), before)
         assert backbone.training is mode
@@ -118,7 +135,7 @@ def test_a_norm_between_decoder_and_head_is_caught() -> None:
 
 def fit_packs(folder: Path, family: str, layout: str, **options: Any) -> None:
     (folder / "texts.json").write_text(json.dumps([{"text": "some words to learn " * n} for n in (1, 2, 1, 3)]))
-    architecture = {"model_type": family, **ISOLATING.get(family, {}), **options.pop("architecture", {})}
+    architecture = {"model_type": family, **(ISOLATING | LEAKING).get(family, BASE)}
     spec = BackboneSpec(architecture=architecture, tokenizer="bytes")
     source = {"path": str(folder / "texts.json"), "formatting": "text"}
     arguments: dict[str, Any] = {"template": "default", "max_length": 64, "packing": "knapsack", "layout": layout}
@@ -135,18 +152,15 @@ def fit_packs(folder: Path, family: str, layout: str, **options: Any) -> None:
     trainer.fit(PT(spec, Full()), data)
 
 
-OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+@pytest.mark.parametrize("family", ["gpt_oss", "opt"])
+def test_isolated_packs_are_refused_where_padded_rows_would_leak(tmp_path: Path, family: str) -> None:
+    with pytest.raises(InputError, match=r"isolate_documents: needs .* failed the probe in the padded layout"):
+        fit_packs(tmp_path, family, "padded")
 
 
-@pytest.mark.parametrize(("family", "architecture"), [("gpt_oss", {}), ("opt", OPT)])
-def test_isolated_packs_are_refused_where_padded_rows_would_leak(
-    tmp_path: Path, family: str, architecture: dict[str, Any]
-) -> None:
-    with pytest.raises(InputError, match="documents do not see each other"):
-        fit_packs(tmp_path, family, "padded", architecture=architecture)
-
-
-@pytest.mark.parametrize(("family", "layout"), [("llama", "padded"), ("gpt_oss", "padding_free"), ("gpt_oss", "auto")])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama", "padded"), ("gpt_oss", "padding_free"), ("opt", "auto"), ("stablelm", "auto")]
+)
 def test_isolated_packs_are_taken_where_the_layout_keeps_documents_apart(
     tmp_path: Path, family: str, layout: str
 ) -> None:
@@ -155,8 +169,7 @@ def test_isolated_packs_are_taken_where_the_layout_keeps_documents_apart(
 
 
 def test_what_fails_the_probe_is_refused_in_words(tmp_path: Path) -> None:
-    bloom = LEAKING["bloom"]
     with pytest.raises(InputError, match=r"data\.layout: padding_free needs .* Set data\.layout: padded"):
-        fit_packs(tmp_path, "bloom", "padding_free", packing="none", architecture=bloom)
+        fit_packs(tmp_path, "bloom", "padding_free", packing="none")
     with pytest.raises(InputError, match=r"data\.isolate_documents: needs .* Set it to false"):
-        fit_packs(tmp_path, "bloom", "auto", architecture=bloom)
+        fit_packs(tmp_path, "bloom", "auto")

@@ -250,7 +250,7 @@ def lora_base(folder: Path) -> BackboneSpec:
     """A base model that adapters can name, in a folder."""
     base = folder / "base"
     base.mkdir()
-    save_weights(load_backbone(SCRATCH, Full(), vocab_size=259, seed=1), base, base=None)
+    save_weights(load_backbone(SCRATCH, Full(), vocab_size=259, seed=1), base, base=None, writes=True)
     return BackboneSpec(path=str(base), tokenizer="bytes")
 
 
