@@ -1,21 +1,17 @@
 """What a step costs beside its mathematics: `Trainer.fit` with the SFT stage against a bare PyTorch loop.
 
-All train the same tiny model on the same micro-batches and must end at the same loss. The bare loop is written out once
-over micro-batches that lie ready and once over our loader, so that what the data costs can be told apart. A round runs
-every way back to back in one process, and the order changes from round to round, so that a slow minute of the machine
-slows all of them.
+After each step of ours a callback makes the bare step with a twin of the model on the same micro-batches, so that a
+slow minute of the machine slows both; both must report the same loss. It also collates the micro-batches of the step
+once more by itself, so that what the data costs can be told apart.
 """
 
 import argparse
 import json
-import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+from collections.abc import Iterator
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -26,55 +22,100 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from log_probs import spread
 
 from lf_lightning import SFT, AdamW, BackboneSpec, DataModule, Full, ScheduleSpec
-from lf_lightning.cli import quiet_libraries
+from lf_lightning.console import quiet_libraries
 from lf_lightning.losses.log_probs import cross_entropy_sums
 from lf_lightning.models import Backbone, load_backbone
 from lf_lightning.types import IGNORE, StepBatch
 
 RESULTS = Path(__file__).parent / "results" / "overhead.md"
-READY = "bare loop, micro-batches ready"
-LOADED = "bare loop, our loader"
-SCHEDULE = ScheduleSpec("constant")
-COLUMNS = ["way", "rounds", "ms a step", "above the bare loop, ms", "of which data, ms"]
+COLUMNS = [
+    "log_every_n_steps",
+    "blocks",
+    "time",
+    "`Trainer.fit`, ms",
+    "bare loop, ms",
+    "difference, ms",
+    "of it data, ms",
+]
 PAGE = """# What Lightning and the step contract cost
 
     {command}
 
-Llama, hidden size {hidden}, {layers} layers, bytes; {micro_batches} micro-batches of {size} rows a step, padding-free, AdamW, clipping,
-float32. Each way makes {steps} steps in every round, the first {warm_up} of them not timed; all end at the same loss.
-Median (smallest-largest) over rounds, differences taken inside a round; the machine is shared, so read the
-differences: they hardly depend on the model. Data: the bare loop over our loader less the one over micro-batches that
-lie ready.
+Milliseconds per optimizer step. Llama, hidden size {hidden}, {layers} layers, over bytes; {micro_batches} micro-batches of
+{rows} rows a step, padding-free, AdamW, clipping, float32; the same loss at every logged step. A block is {block} steps
+of each, one after the other in turn, logging included; median (smallest-largest) over blocks, differences taken inside
+a block. The machine is shared: CPU time is disturbed less than the clock, and the difference hardly depends on the
+model. Data: order, layout and collation of a step.
 Python {python}, torch {torch} ({capability}), transformers {transformers}, lightning {lightning}, {threads} threads.
 
 {table}
 """
 
 
-class Timed(NamedTuple):
-    """What one way reports of one round."""
+class Block(NamedTuple):
+    """Milliseconds per step of a number of steps."""
 
-    milliseconds: float  # a step
-    loss: float  # of the last step
+    ours: float
+    bare: float
+    data: float
 
 
-class Clock(Callback):
-    """Time from the end of the last step that is not timed to the end of the run."""
+def now() -> tuple[float, float]:
+    """The clock, and the CPU time of this process."""
+    return time.perf_counter(), time.process_time()
 
-    def __init__(self, warm_up: int) -> None:
-        self.warm_up = warm_up
-        self.start = self.end = 0.0
+
+class BareBeside(Callback):
+    """After each step make the bare step on the same micro-batches, and time both."""
+
+    def __init__(self, model: Backbone, data: DataModule, arguments: argparse.Namespace, *, deadline: float) -> None:
+        self.model, self.data, self.arguments, self.deadline = model, data, arguments, deadline
+        self.optimizer = AdamW().build(model.named_parameters())
+        self.schedule = ScheduleSpec("constant").build(self.optimizer, arguments.steps)
+        self.blocks: list[tuple[Block, Block]] = []  # on the clock, in CPU time
+        self.sums = np.zeros((2, 3))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the first step of ours; our own loader goes along."""
+        self.loader: Iterator[StepBatch] = iter(self.data.train_dataloader())
+        self.start = now()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Read the clock where it starts; `on_train_end` comes too late, when the weights are saved."""
-        if trainer.global_step == self.warm_up:
-            self.start = time.perf_counter()
+        """Ours has lasted since this callback was left."""
+        times = [self.start, now()]
+        loss = bare_step(self.model, self.optimizer, batch)
+        self.schedule.step()
+        times.append(now())
+        next(self.loader)
+        times.append(now())
+        self.sums += 1000 * np.diff(np.array(times), axis=0).T
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # a plain attribute of Trainer
+            ours = float(trainer.callback_metrics["train/loss"])
+            assert abs(ours - loss.item()) < 1e-4, f"step {step}: loss of ours {ours}, bare {loss.item()}"
+        if step % self.arguments.block == 0:
+            clock, cpu = self.sums / self.arguments.block
+            self.blocks.append((Block(*clock), Block(*cpu)))
+            print(*self.blocks[-1], file=sys.stderr, flush=True)
+            self.sums = np.zeros((2, 3))
+            trainer.should_stop = time.perf_counter() > self.deadline
+        self.start = now()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the clock after the last step and all that callbacks did of it."""
-        self.end = time.perf_counter()
+
+def bare_step(backbone: Backbone, optimizer: torch.optim.Optimizer, step: StepBatch) -> torch.Tensor:
+    """The mathematics of a step and nothing else; returns the loss."""
+    count = sum(int((micro_batch.targets != IGNORE).sum()) for micro_batch in step.micro_batches)
+    total = torch.zeros(())
+    for micro_batch in step.micro_batches:
+        loss = backbone(micro_batch, kernel=cross_entropy_sums).nll / count
+        loss.backward()
+        total += loss.detach()
+    torch.nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
 
 
 def write_rows(path: Path, num_rows: int) -> None:
@@ -117,95 +158,41 @@ def make_data(spec: BackboneSpec, path: Path, arguments: argparse.Namespace) -> 
     )
 
 
-def fitted(spec: BackboneSpec, data: DataModule, log_every: int, arguments: argparse.Namespace) -> Timed:
-    """`Trainer.fit` with everything that a run has, in a folder of its own."""
-    clock = Clock(arguments.warm_up)
-    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=1,
-            logger=False,
-            log_every_n_steps=log_every,
-            callbacks=[clock],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=folder,
-        )
-        trainer.fit(SFT(spec, Full(), AdamW(), SCHEDULE), data)
-    milliseconds = 1000 * (clock.end - clock.start) / (arguments.steps - arguments.warm_up)
-    return Timed(milliseconds, float(trainer.callback_metrics["train/loss"]))
-
-
-def bare(spec: BackboneSpec, steps: Iterable[StepBatch], vocab_size: int, arguments: argparse.Namespace) -> Timed:
-    """The same mathematics and nothing else."""
-    backbone = load_backbone(spec, Full(), vocab_size=vocab_size, seed=0)
-    backbone.set_layout("padding_free")
-    optimizer = AdamW().build(backbone.named_parameters())
-    schedule = SCHEDULE.build(optimizer, arguments.steps)
-    start, loss = 0.0, torch.zeros(())
-    for number, step in enumerate(steps):
-        if number == arguments.warm_up:
-            start = time.perf_counter()
-        loss = bare_step(backbone, step)
-        torch.nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-    milliseconds = 1000 * (time.perf_counter() - start) / (arguments.steps - arguments.warm_up)
-    return Timed(milliseconds, loss.item())
-
-
-def bare_step(backbone: Backbone, step: StepBatch) -> torch.Tensor:
-    """Forward and backward of every micro-batch; returns the loss of the step."""
-    count = sum(int((micro_batch.targets != IGNORE).sum()) for micro_batch in step.micro_batches)
-    total = torch.zeros(())
-    for micro_batch in step.micro_batches:
-        loss = backbone(micro_batch, kernel=cross_entropy_sums).nll / count
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
-def measure(arguments: argparse.Namespace, path: Path) -> dict[str, list[Timed]]:
-    """Rounds of all ways; none is begun that would outlast the time."""
+def measure(arguments: argparse.Namespace, log_every: int, folder: Path) -> list[tuple[Block, Block]]:
+    """One `Trainer.fit` with everything that a run has; the first block warms up."""
     spec = make_spec(arguments)
-    write_rows(path, arguments.steps * arguments.rows * arguments.micro_batches)
-    data = make_data(spec, path, arguments)
-    ready, vocab_size = list(data.train_dataloader()), len(data.tokenizer)
-    ways: dict[str, Callable[[], Timed]] = {
-        READY: lambda: bare(spec, ready, vocab_size, arguments),
-        LOADED: lambda: bare(spec, data.train_dataloader(), vocab_size, arguments),
-    }
-    for every in arguments.log_every:
-        ways[f"`Trainer.fit`, log_every_n_steps={every}"] = lambda every=every: fitted(spec, data, every, arguments)
-    found: dict[str, list[Timed]] = {name: [] for name in ways}
-    begin, longest = time.perf_counter(), 0.0
-    for number in range(arguments.rounds):
-        start = time.perf_counter()
-        if start - begin + longest > 60 * arguments.minutes:
-            break
-        for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
-            found[name].append(ways[name]())
-            assert abs(found[name][-1].loss - found[READY][0].loss) < 1e-5, f"{name}: {found}"
-        longest = max(longest, time.perf_counter() - start)
-        print({name: timed[-1] for name, timed in found.items()}, file=sys.stderr, flush=True)
-    return found
+    write_rows(folder / "rows.json", arguments.steps * arguments.rows * arguments.micro_batches)
+    data = make_data(spec, folder / "rows.json", arguments)
+    twin = load_backbone(spec, Full(), vocab_size=len(data.tokenizer), seed=0)
+    twin.set_layout("padding_free")
+    deadline = time.perf_counter() + 60 * arguments.minutes / len(arguments.log_every)
+    beside = BareBeside(twin, data, arguments, deadline=deadline)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        log_every_n_steps=log_every,
+        callbacks=[beside],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder / "run",
+    )
+    trainer.fit(SFT(spec, Full(), AdamW(), ScheduleSpec("constant")), data)
+    return beside.blocks[1:]
 
 
-def row(name: str, found: dict[str, list[Timed]]) -> str:
-    """One row of the table."""
-
-    def above(base: str) -> list[float]:
-        pairs = zip(found[name], found[base], strict=True)
-        return [timed.milliseconds - bare.milliseconds for timed, bare in pairs]
-
-    data = [loaded.milliseconds - ready.milliseconds for loaded, ready in zip(found[LOADED], found[READY], strict=True)]
-    text = "{:.2f}".format
-    cells = [name, str(len(found[name])), spread([timed.milliseconds for timed in found[name]], text)]
-    cells += ["-", "-"] if name == READY else [spread(above(READY), text), spread(data, text)]
-    return "| " + " | ".join(cells) + " |"
+def rows_of_table(log_every: int, blocks: list[tuple[Block, Block]]) -> list[str]:
+    """Two rows of the table: on the clock and in CPU time."""
+    rows = []
+    for index, title in enumerate(("clock", "CPU")):
+        taken = [block[index] for block in blocks]
+        columns = [[block.ours for block in taken], [block.bare for block in taken]]
+        columns += [[block.ours - block.bare for block in taken], [block.data for block in taken]]
+        cells = [str(log_every), str(len(taken)), title, *(spread(column, "{:.2f}".format) for column in columns)]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
 
 
 def main() -> None:
@@ -215,30 +202,26 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="blocks of the model")
     parser.add_argument("--rows", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--micro_batches", type=int, default=2, help="micro-batches of a step")
-    parser.add_argument("--steps", type=int, default=350, help="optimizer steps of each way in a round")
-    parser.add_argument("--warm_up", type=int, default=50, help="first steps that are not timed")
+    parser.add_argument("--steps", type=int, default=1050, help="optimizer steps of each way, at most")
+    parser.add_argument("--block", type=int, default=50, help="steps of a block; the first block warms up")
     parser.add_argument("--log_every", type=int, nargs="+", default=[50, 1], help="values of log_every_n_steps")
-    parser.add_argument("--rounds", type=int, default=11, help="rounds, at most")
-    parser.add_argument("--minutes", type=float, default=6.0, help="no round is begun that would end after this")
+    parser.add_argument("--minutes", type=float, default=5.0, help="no block is begun after this")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    logging.captureWarnings(capture=True)
     quiet_libraries()
     seed_everything(0, verbose=False)
-    with TemporaryDirectory() as folder:
-        found = measure(arguments, Path(folder) / "rows.json")
-    table = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *(row(name, found) for name in found)]
+    rows = []
+    for log_every in arguments.log_every:
+        with TemporaryDirectory() as folder:
+            rows += rows_of_table(log_every, measure(arguments, log_every, Path(folder)))
     text = PAGE.format(
+        **vars(arguments),
         command=" ".join(["python bench/overhead.py", *sys.argv[1:]]),
-        size=arguments.rows,
         python=platform.python_version(),
         capability=torch.backends.cpu.get_cpu_capability(),
-        table="\n".join(table),
+        table="\n".join(["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *rows]),
         **{name: version(name) for name in ("torch", "transformers", "lightning")},
-        **{
-            name: vars(arguments)[name] for name in ("hidden", "layers", "micro_batches", "steps", "warm_up", "threads")
-        },
     )
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(text, encoding="utf-8")

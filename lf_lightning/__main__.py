@@ -55,6 +55,9 @@ def run(entry: str, arguments: list[str]) -> int:
     try:
         command: Callable[[list[str]], int | None] = resolve_name(entry)
         return command(arguments) or 0
+    except BrokenPipeError:  # the reader has gone, as in `lf-lightning fit --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("lf-lightning: interrupted", file=sys.stderr)
         return INTERRUPTED

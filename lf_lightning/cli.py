@@ -89,7 +89,10 @@ class Gate(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InputError(
+                f"trainer: {reason}. Look at accelerator, devices and strategy: auto suits most."
+            ) from error
 
 
 CKPT_PATH_HELP = (

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.checkpoint import run_folder
 from lf_lightning.callbacks.predictions import gather_answers
+from lf_lightning.console import say
 from lf_lightning.data.templates import prompt_segments
 from lf_lightning.types import Answer, Conversation, Message
 
@@ -27,10 +28,12 @@ class AnswersTable(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer with the model as it was given."""
+        say("answering the held-out prompts before training")
         self._before = _answers(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer again, while the model is still where it trained."""
+        say("answering the held-out prompts after training")
         self._after = _answers(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 import re
@@ -46,6 +47,7 @@ TYPES = {
     "str": "a text",
     "Sequence": "a list",
     "NoneType": "null",
+    "dict": "a mapping",
 }
 
 
@@ -90,6 +92,8 @@ def refusal(message: str) -> str:
 
 
 def _unknown_argument(keys: list[str], found: re.Match[str], message: str) -> str:
+    if not found[1].startswith("-"):
+        return f"{found[1]}: must begin with two dashes, as an option does. Write --{found[1].replace('=', ' ')}."
     option = found[1].split("=")[0].lstrip("-")
     return _unknown(_path(keys, inside=True), option)
 
@@ -144,13 +148,17 @@ def _wrong_type(keys: list[str], found: re.Match[str], message: str) -> str:
 
 def _wrong_shape(path: str, value: str) -> str:
     """A class is chosen with class_path and init_args, and with nothing beside them."""
-    beside = [key for key in re.findall(r"'(\w+)': ", value) if key in _options(path.rsplit(".", 1)[-1])]
-    if "class_path" in value and beside:
-        return f"{path}.{beside[0]}: must lie below init_args, got it beside class_path. Indent it below init_args."
-    named = re.search(r"'class_path': '([^']+)'", value)
-    if named:
-        choices = ", ".join(sorted(kind.__name__ for kind in OWNERS[path.rsplit(".", 1)[-1]]))
-        return f"{path}.class_path: must be one of {choices}, or a subclass that can be imported, got {named[1]}."
+    group = path.rsplit(".", 1)[-1]
+    with suppress(ValueError, SyntaxError):
+        given = ast.literal_eval(value)
+        beside = [key for key in given if key not in ("class_path", "init_args", "dict_kwargs")]
+        if beside and "class_path" in given:
+            return f"{path}.{beside[0]}: must lie below init_args, got it beside class_path. Indent it below init_args."
+        names = ", ".join(sorted(kind.__name__ for kind in OWNERS[group]))
+        return (
+            f"{path}.class_path: must be one of {names}, or a subclass of your own that can be imported, "
+            f"got {given['class_path']}. Correct it."
+        )
     short = value if len(value) <= 40 else value[:37] + "..."
     return f"{path}: must be {{class_path: NAME, init_args: {{...}}}}, got {short}. Write it so."
 

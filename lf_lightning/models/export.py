@@ -75,35 +75,39 @@ def load_weights(backbone: Backbone, folder: Path) -> None:
     Raises:
         InputError: The folder holds no weights, or not those that this model trains.
     """
+    if backbone.is_adapter != (folder / "adapter_config.json").is_file():
+        want, got = ("an adapter", "none") if backbone.is_adapter else ("a whole model", "an adapter")
+        raise InputError(f"{folder}: must hold {want}, as the tuning says, got {got}. Use the run's own tuning.")
     if backbone.is_adapter:
         _load_adapter(backbone, folder)
         return
-    files = _tensor_files(folder)
     own = folder / "trainer_state" / TRAINABLE
-    fallback = load_file(own) if own.is_file() else {}
-    aliases = _tied_names(backbone)
+    tensors = load_file(own) if own.is_file() else {}
+    files, aliases = _tensor_files(folder), _tied_names(backbone)
     for name, parameter in backbone.causal_lm.named_parameters():
         stored = next((alias for alias in (name, *sorted(aliases.get(name, ()))) if alias in files), None)
-        if name in fallback:
-            tensor = fallback[name]
-        elif stored is not None:
+        if name not in tensors and stored is not None:
             with safe_open(files[stored], "pt") as handle:
-                tensor = handle.get_tensor(stored)
-        elif not fallback and parameter.requires_grad:
-            fallback = _converted(backbone, folder)
-            if name not in fallback:
-                raise InputError(f"{folder}: lacks the trained weight {name}. Give a folder of this configuration.")
-            tensor = fallback[name]
-        else:
-            continue
-        _copy(parameter, tensor, name, folder)
+                tensors[name] = handle.get_tensor(stored)
+        if name not in tensors and parameter.requires_grad:
+            tensors = {**_converted(folder), **tensors}
+        if name in tensors:
+            _copy(parameter, tensors.pop(name), name, folder)
+        elif parameter.requires_grad:
+            raise InputError(f"{folder}: lacks the trained weight {name}. Give a folder of this configuration.")
 
 
-def _converted(backbone: Backbone, folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder in the arrangement in which the model holds them, as transformers converts them."""
+def _converted(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder in the arrangement in which a model holds them, as transformers converts them."""
     from transformers import AutoModelForCausalLM
 
-    causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    try:
+        answer: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: must hold the weights of a model, got none that can be read.") from error
+    causal_lm, report = answer
+    if report["missing_keys"]:
+        raise InputError(f"{folder}: lacks the weight {min(report['missing_keys'])}. Give a folder that is whole.")
     return {name: parameter.detach() for name, parameter in causal_lm.named_parameters(remove_duplicate=False)}
 
 

@@ -72,6 +72,7 @@ def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> 
                 trust_remote_code=spec.trust_remote_code,
                 revision=spec.revision,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # _check_complete refuses them, by name
             )
             model, report = answer
             _check_complete(spec.path, report)
@@ -87,10 +88,15 @@ def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> 
 
 def _check_complete(path: str, report: Any) -> None:
     """Refuse weights that do not fill the model: transformers would draw the missing ones at random."""
-    missing = sorted(map(str, report["missing_keys"])) + sorted(str(key) for key, *_ in report["mismatched_keys"])
+    missing = sorted(map(str, report["missing_keys"]))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{WHERE}.path: {path} lacks the weight {missing[0]}{more}. Use a folder that is whole.")
+    for name, got, want in report["mismatched_keys"]:
+        raise InputError(
+            f"{WHERE}.path: weight {name} of {path} must have shape {tuple(want)}, as its config.json says, "
+            f"got {tuple(got)}. Use a folder that is whole."
+        )
 
 
 def _config(spec: BackboneSpec, vocab_size: int) -> PretrainedConfig:
@@ -118,8 +124,7 @@ def _config(spec: BackboneSpec, vocab_size: int) -> PretrainedConfig:
 def _scratch_config(architecture: dict[str, Any], vocab_size: int) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    # the special tokens of a family's own tokenizer may lie beyond a small vocabulary
-    values = {"vocab_size": vocab_size, "pad_token_id": None, **architecture}
+    values = {"vocab_size": vocab_size, **architecture}
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise InputError(
@@ -132,6 +137,8 @@ def _scratch_config(architecture: dict[str, Any], vocab_size: int) -> Pretrained
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "Remove it."
             raise InputError(f"{WHERE}.architecture.{key}: {model_type} has no such option. {hint}")
+    if "pad_token_id" in known:  # a family's own may lie beyond a small vocabulary
+        values.setdefault("pad_token_id", None)
     try:
         config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -151,4 +158,5 @@ def _check_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:
 def _first_line(error: Exception) -> str:
     """A library's message as one line that ends in a full stop; its first two lines, where it is long."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]).rstrip(".") + "."
+    text = " ".join(lines[:2])
+    return (text if len(text) <= 200 else text[:197] + "...").rstrip(".") + "."

@@ -149,7 +149,8 @@ class Stage(LightningModule, ABC):
         self._backbone = backbone.train()
         trained, everything = backbone.num_parameters()
         share = f", {trained:,} of them train ({100 * trained / everything:.2f} %)"
-        say(f"model: {everything:,} parameters{share if self.trainer.state.fn == 'fit' else ''}")
+        place = f" on {self.trainer.world_size} x {self.trainer.strategy.root_device}"
+        say(f"model: {everything:,} parameters{share if self.trainer.state.fn == 'fit' else ''}{place}")
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer of the trainable parameters, and its schedule in optimizer steps."""
@@ -247,13 +248,7 @@ class Stage(LightningModule, ABC):
         """Reduce the sums of the whole set over ranks, once, and log their ratios."""
         self._log_set("val")
 
-    def test_step(self, step: StepBatch, batch_idx: int) -> None:
-        """As `validation_step`."""
-        self.validation_step(step, batch_idx)
-
-    def on_test_start(self) -> None:
-        """As `on_validation_start`."""
-        self.on_validation_start()
+    test_step, on_test_start = validation_step, on_validation_start
 
     def on_test_epoch_end(self) -> None:
         """As `on_validation_epoch_end`."""

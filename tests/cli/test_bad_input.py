@@ -87,12 +87,15 @@ KEYS = {
         {f"{BACKBONE}.architecture.hiden_size": 3},
     ),
     "an option of another class": Bad(
-        (f"{TUNING}.init_args.rank: there is no such option",), {f"{TUNING}.init_args.rank": 3}
+        (f"{TUNING}.init_args.rank: the class chosen has no such option", "LoRA"), {f"{TUNING}.init_args.rank": 3}
     ),
     "a key beside init_args": Bad(("model.backbone: ", "init_args"), {"model.backbone": {"path": "x"}}),
-    "a key beside class_path": Bad(("tuning.rank: ", "init_args"), {TUNING: {"class_path": "LoRA", "rank": 3}}),
+    "a key beside class_path": Bad(
+        (f"{TUNING}: must hold class_path and init_args alone, got options beside them",),
+        {TUNING: {"class_path": "LoRA", "rank": 3}},
+    ),
     "an abbreviated option": Bad(no_option("trainer.max_step", "max_steps"), arguments=("--trainer.max_step", "3")),
-    "an option without dashes": Bad(no_option("data.max_length", "max_length"), arguments=("data.max_length=3",)),
+    "an option without dashes": Bad(("data.max_length", "--data.max_length"), arguments=("data.max_length=3",)),
     "a stray word": Bad(("foo: there is no such option",), arguments=("foo",)),
     "a linked option on the command line": Bad(
         ("data.task: ", "is taken from model.class_path"), arguments=("--data.task", "pt")
@@ -108,13 +111,13 @@ TYPES = {
     "a word for true or false": value("data.shuffle", "true or false, got maybe", "maybe"),
     "one name for a list": value("data.datasets", "a list", "identity"),
     "one number for a pair": value(f"{OPTIMIZER}.init_args.betas", "a list of 2", [0.9], "[0.9]"),
-    "a number for a dataset": Bad(("data.datasets[0]: must be a name or a mapping", "got 3"), {"data.datasets": [3]}),
+    "a number for a dataset": Bad(("data.datasets: must be a text or a mapping", "got 3"), {"data.datasets": [3]}),
     "a word that is no choice": Bad(
         (f"{BACKBONE}.dtype: must be one of auto, float32", "got bf16. Did you mean bfloat16?"),
         {f"{BACKBONE}.dtype": "bf16"},
     ),
-    "a list for the trainer": Bad(("trainer: must be ",), {"trainer": []}),
-    "a number for the data": Bad(("data: must be ", "got 3"), {"data": 3}),
+    "a list for the trainer": Bad(("trainer: must hold options, got []",), {"trainer": []}),
+    "a number for the data": Bad(("data: must hold options, got 3",), {"data": 3}),
     "a number for the model": Bad(("model: must be ", "got 3"), {"model": 3}),
     "a number for the tuning": Bad((f"{TUNING}: must be ", "got 3"), {TUNING: 3}),
 }
@@ -128,9 +131,7 @@ CHOICES = {
     "a class that is no stage": Bad(
         ("model.class_path: ", "got lf_lightning.LoRA"), {"model.class_path": "lf_lightning.LoRA"}
     ),
-    "an unknown tuning": Bad(
-        (f"{TUNING}.class_path: ", "got Lora. Did you mean LoRA?"), {f"{TUNING}.class_path": "Lora"}
-    ),
+    "an unknown tuning": Bad((f"{TUNING}.class_path: ", "got Lora", "LoRA"), {f"{TUNING}.class_path": "Lora"}),
     "an unknown optimizer": Bad(
         (f"{OPTIMIZER}.class_path: ", "got Adam. Did you mean AdamW?"), {f"{OPTIMIZER}.class_path": "Adam"}
     ),
@@ -151,9 +152,11 @@ FILES = {
     "a missing configuration": Bad(
         ("--config: must be a file, got ", "nowhere.yaml"), arguments=("--config", "nowhere.yaml")
     ),
-    "broken YAML": Bad(("--config: must be YAML", "at line 2, column 1"), yaml="model: [SFT\ndata: {}\n"),
-    "an empty configuration": Bad(("--config: must be ",), yaml=""),
-    "a configuration that is a list": Bad(("--config: must be ",), yaml="- model\n- data\n"),
+    "broken YAML": Bad(("--config: must be YAML", "at line 2, column 5"), yaml="model: [SFT\ndata: {}\n"),
+    "an empty configuration": Bad(("--config: must hold options, got an empty file or a list",), yaml=""),
+    "a configuration that is a list": Bad(
+        ("--config: must hold options, got an empty file or a list",), yaml="- model\n- data\n"
+    ),
     "no stage": Bad(("model: must say which stage runs, got nothing", "model.class_path"), {"model": ...}),
 }
 COMBINATIONS = {
@@ -210,18 +213,16 @@ COMBINATIONS = {
         ("trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got transformer-engine",),
         {"trainer.precision": "transformer-engine"},
     ),
-    "a monitor without validation": Bad(("checkpoint.monitor: ", "val/loss"), {"checkpoint.monitor": "val/loss"}),
+    "a monitor without validation": Bad(
+        ("checkpoint.monitor: needs a validation set, got none. Set data.val_size",), {"checkpoint.monitor": "val/loss"}
+    ),
     "a monitor that is never logged": Bad(
         ("checkpoint.monitor: must be one of", "val/loss", "got val/los"),
         {"checkpoint.monitor": "val/los", "data.val_size": 2, "trainer.val_check_interval": 1},
     ),
-    "nothing to train on": Bad(
-        ("data.datasets: must name at least one dataset to fit, got none",), {"data.datasets": []}
-    ),
-    "nothing to validate on": Bad(
-        ("data.eval_datasets: must name at least one dataset to validate, got none",), verb="validate"
-    ),
-    "nothing to test on": Bad(("data.test_datasets: must name at least one dataset to test, got none",), verb="test"),
+    "nothing to train on": Bad(("data.datasets: must name at least one dataset, got none",), {"data.datasets": []}),
+    "nothing to validate on": Bad(("data.eval_datasets: must name at least one dataset, got none",), verb="validate"),
+    "nothing to test on": Bad(("data.test_datasets: must name at least one dataset, got none",), verb="test"),
     "nothing to predict": Bad(("data.predict_datasets: must name prompts to answer, got none",), verb="predict"),
 }
 RANGES = {
@@ -343,7 +344,7 @@ ROW_FILES = {
     "an object instead of rows": rows(("bad.json: must be an array of objects, got an object", ".jsonl"), {"a": 1}),
     "bytes that are not UTF-8": rows(("bad.json: is not UTF-8 (byte 1). Save it as UTF-8.",), b"[\xff]"),
     "broken JSON": rows(
-        ("bad.json: broken JSON at line 2, column 7: Expecting ',' delimiter",), '[{"a": 1},\n{"a":1 "b": 2}]'
+        ("bad.json: broken JSON at line 2, column 8: Expecting ',' delimiter",), '[{"a": 1},\n{"a":1 "b": 2}]'
     ),
     "a broken line of JSON": rows(
         ("bad.jsonl, row 2: broken JSON at line 3, column 10",),
@@ -468,13 +469,15 @@ MODELS = {
     "a model folder without weights": of_model(
         (BACKBONE, "model.safetensors", "./model"), lambda here: (here / "model/model.safetensors").unlink()
     ),
-    "torn weights": of_model((BACKBONE, "./model"), lambda here: cut(here / "model/model.safetensors")),
+    "torn weights": of_model(
+        (BACKBONE, "the model cannot be loaded"), lambda here: cut(here / "model/model.safetensors")
+    ),
     "weights that lack a tensor": of_model(
-        (BACKBONE, "./model", "model.layers.1.mlp.up_proj.weight"),
+        (BACKBONE, "model.layers.1.mlp.up_proj.weight"),
         lambda here: drop_tensor(here / "model/model.safetensors", "model.layers.1.mlp.up_proj.weight"),
     ),
     "weights of another shape": of_model(
-        (BACKBONE, "./model", "mlp"), lambda here: change_json(here / "model/config.json", intermediate_size=20)
+        (BACKBONE, "mlp"), lambda here: change_json(here / "model/config.json", intermediate_size=20)
     ),
     "a tokenizer larger than the embedding": of_model(
         (f"{BACKBONE}: the embedding must cover the tokenizer's 259 words, got 200 rows",),
@@ -532,12 +535,15 @@ CHECKPOINTS = {
         ("run: must be a new run folder, got one with 2 complete checkpoints", "--ckpt_path last", "--overwrite true"),
         needs=("full_run",),
     ),
-    "a run folder that is a file": Bad(("trainer.default_root_dir: must be a folder", "got run"), files={"run": "text"}),
+    "a run folder that is a file": Bad(
+        ("trainer.default_root_dir: must be a folder", "got run"), files={"run": "text"}
+    ),
     "a checkpoint that is missing": Bad(
         ("--ckpt_path: ", "got run/nowhere", "manifest.json"), arguments=("--ckpt_path", "run/nowhere")
     ),
     "a checkpoint without a manifest": resumed(
-        ("--ckpt_path: ", f"got {STEP}", "manifest.json"), lambda here: (here / STEP / "manifest.json").unlink()
+        (STEP, "must be a complete checkpoint", "without manifest.json"),
+        lambda here: (here / STEP / "manifest.json").unlink(),
     ),
     "a checkpoint without its weights": resumed((STEP,), lambda here: (here / STEP / "model.safetensors").unlink()),
     "a checkpoint with torn weights": resumed(
@@ -557,32 +563,44 @@ CHECKPOINTS = {
         needs=("full_run",),
     ),
     "a checkpoint of a wider model": resumed(
-        (STEP, "model.embed_tokens.weight must have shape (259, 32), got (259, 16)"),
+        ("must train 12,720 parameters as the checkpoint does, got 29,536",),
         model__init_args__backbone__architecture__hidden_size=32,
     ),
-    "a checkpoint of a model with more layers": resumed(
-        (STEP,), model__init_args__backbone__architecture__num_hidden_layers=1
+    "a checkpoint of a deeper model": resumed(
+        ("must train 12,720 parameters as the checkpoint does, got 10,512",),
+        model__init_args__backbone__architecture__num_hidden_layers=1,
     ),
-    "a checkpoint of a model with fewer layers": resumed(
-        (STEP, "lacks the trained weight model.layers.2."),
+    "a checkpoint of a shallower model": resumed(
+        ("must train 12,720 parameters as the checkpoint does, got 14,928",),
         model__init_args__backbone__architecture__num_hidden_layers=3,
     ),
     "a checkpoint of another tuning": resumed(
-        (STEP,), model__init_args__tuning={"class_path": "Freeze", "init_args": {"num_layers": 1}}
+        ("must train 12,720 parameters as the checkpoint does, got 2,208",),
+        model__init_args__tuning={"class_path": "Freeze", "init_args": {"num_layers": 1}},
     ),
     "an adapter for every weight": Bad(
-        (STEP, "adapter_model.safetensors"), LORA_CHANGES, ("--ckpt_path", STEP), needs=("full_run", "model")
+        ("must train 12,720 parameters as the checkpoint does, got 992",),
+        LORA_CHANGES,
+        ("--ckpt_path", STEP),
+        needs=("full_run", "model"),
     ),
     "an adapter of another rank": Bad(
-        (STEP, "adapter_model.safetensors", "tuning"),
+        ("must train 992 parameters as the checkpoint does, got 1,488",),
         LORA_CHANGES | {TUNING: lora(rank=3)},
         ("--ckpt_path", STEP),
         needs=("lora_run", "model"),
     ),
     "an adapter on other layers": Bad(
-        (STEP, "does not fit this model's adapter", "k_proj"),
+        ("must train 992 parameters as the checkpoint does, got 128",),
         LORA_CHANGES | {TUNING: lora(rank=2, target=["q_proj"])},
         ("--ckpt_path", STEP),
+        needs=("lora_run", "model"),
+    ),
+    "an adapter on as many weights of other layers": Bad(
+        (STEP, "does not fit this model's adapter", "k_proj"),
+        LORA_CHANGES | {TUNING: lora(rank=23, target=["model.layers.1.self_attn.k_proj"])},
+        ("--ckpt_path", STEP, *PROMPTS),
+        "predict",
         needs=("lora_run", "model"),
     ),
     "a newest checkpoint to predict with where there is none": Bad(
@@ -594,7 +612,7 @@ CHECKPOINTS = {
         ("data", "weight"), arguments=("--ckpt_path", "data", *PROMPTS), files={"data/a.txt": ""}, verb="predict"
     ),
     "an adapter to predict with a whole model": Bad(
-        (STEP, "lacks the trained weight"),
+        (STEP, "adapter"),
         {BACKBONE: {"path": "./model"}},
         ("--ckpt_path", STEP, *PROMPTS),
         "predict",

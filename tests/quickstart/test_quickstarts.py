@@ -1,7 +1,6 @@
 """The quickstarts through the CLI: a few steps of each in every test run, the whole proof when it is asked for."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -18,14 +17,13 @@ SFT, PT = "configs/sft/quickstart.yaml", "configs/pt/quickstart.yaml"
 SEEDS = (42, 1, 2)
 
 
-def lf_lightning(*arguments: str, threads: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user does, from the root of the repository."""
+def lf_lightning(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does, from the root of the repository; on one thread, as conftest sets it."""
     done = subprocess.run(
         [sys.executable, "-m", "lf_lightning", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -90,9 +88,9 @@ def test_a_few_steps_of_the_pt_quickstart(tmp_path: Path):
 def test_the_sft_quickstart_answers_nine_of_ten_held_out_prompts(seed: int, tmp_path: Path):
     start = clock()
     run = ["--config", SFT, f"--seed_everything={seed}", f"--trainer.default_root_dir={tmp_path}"]
-    lf_lightning("fit", *run, threads=2)
+    lf_lightning("fit", *run)
     wall, busy = (after - before for before, after in zip(start, clock(), strict=True))
-    lf_lightning("predict", *run, "--ckpt_path", str(tmp_path / "final"), threads=2)
+    lf_lightning("predict", *run, "--ckpt_path", str(tmp_path / "final"))
     score = lf_lightning("score", str(tmp_path / "generated_predictions.jsonl"), "--at-least", "0.9")
     print(f"\n| sft | {seed} | {score.stdout.strip().removeprefix('exact match: ')} | {wall:.0f} | {busy:.0f} |")
 
@@ -102,7 +100,7 @@ def test_the_sft_quickstart_answers_nine_of_ten_held_out_prompts(seed: int, tmp_
 def test_the_pt_quickstart_reads_held_out_stories_at_a_perplexity_below_the_stated_one(seed: int, tmp_path: Path):
     start = clock()
     options = [f"--seed_everything={seed}", f"--trainer.default_root_dir={tmp_path}"]
-    lf_lightning("fit", "--config", PT, *options, threads=2)
+    lf_lightning("fit", "--config", PT, *options)
     wall, busy = (after - before for before, after in zip(start, clock(), strict=True))
     perplexity = [row["eval_perplexity"] for row in log(tmp_path) if "eval_perplexity" in row][-1]
     assert perplexity < 1.3  # as the YAML says
