@@ -149,10 +149,12 @@ def _wrong_type(keys: list[str], found: re.Match[str], message: str) -> str:
 def _wrong_shape(path: str, value: str) -> str:
     """A class is chosen with class_path and init_args, and with nothing beside them."""
     group = path.rsplit(".", 1)[-1]
+    given: object = None
     with suppress(ValueError, SyntaxError):
         given = ast.literal_eval(value)
+    if isinstance(given, dict) and "class_path" in given:
         beside = [key for key in given if key not in ("class_path", "init_args", "dict_kwargs")]
-        if beside and "class_path" in given:
+        if beside:
             return f"{path}.{beside[0]}: must lie below init_args, got it beside class_path. Indent it below init_args."
         names = ", ".join(sorted(kind.__name__ for kind in OWNERS[group]))
         return (

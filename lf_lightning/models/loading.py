@@ -53,9 +53,11 @@ def load_backbone(
 
 
 def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config = _config(spec, vocab_size)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not spec.trust_remote_code:
+        raise InputError(f"{WHERE}: must be a causal language model, got {config.model_type}. Choose another model.")
     attention = None if spec.attention == "auto" else spec.attention
     dtype = "auto" if spec.dtype == "auto" else torch_dtype(spec.dtype)
     try:

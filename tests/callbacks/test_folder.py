@@ -53,11 +53,16 @@ def test_a_folder_has_no_name_until_it_is_whole(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-def test_a_folder_that_fails_leaves_the_old_one_as_it_was(tmp_path: Path):
-    target = make(tmp_path / "final")
-    with pytest.raises(OSError, match="disk full"), whole_folder(target, writes=True) as hidden:
+def fail_half_way(target: Path) -> None:
+    with whole_folder(target, writes=True) as hidden:
         (hidden / "weights").write_text("half")
         raise OSError("disk full")
+
+
+def test_a_folder_that_fails_leaves_the_old_one_as_it_was(tmp_path: Path):
+    target = make(tmp_path / "final")
+    with pytest.raises(OSError, match="disk full"):
+        fail_half_way(target)
     check_whole(target)
     assert (target / "weights").read_bytes() == b"abc"
 

@@ -96,7 +96,7 @@ KEYS = {
     ),
     "an abbreviated option": Bad(no_option("trainer.max_step", "max_steps"), arguments=("--trainer.max_step", "3")),
     "an option without dashes": Bad(("data.max_length", "--data.max_length"), arguments=("data.max_length=3",)),
-    "a stray word": Bad(("foo: there is no such option",), arguments=("foo",)),
+    "a stray word": Bad(("foo: must begin with two dashes",), arguments=("foo",)),
     "a linked option on the command line": Bad(
         ("data.task: ", "is taken from model.class_path"), arguments=("--data.task", "pt")
     ),

@@ -181,7 +181,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path, folder: Path) -> N
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 20}))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(InputError, match=r"must have shape \(20, 16\), as its config.json says, got \(24, 16\)"):
+    with pytest.raises(InputError, match=r"must have shape .*20.*, as its config\.json says, got .*24"):
         load(BackboneSpec(path=str(tmp_path), tokenizer="bytes"))
 
 

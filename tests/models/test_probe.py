@@ -139,6 +139,7 @@ def fit_packs(folder: Path, family: str, layout: str, **options: Any) -> None:
     spec = BackboneSpec(architecture=architecture, tokenizer="bytes")
     source = {"path": str(folder / "texts.json"), "formatting": "text"}
     arguments: dict[str, Any] = {"template": "default", "max_length": 64, "packing": "knapsack", "layout": layout}
+    arguments |= {"cache_dir": None}
     data = DataModule(spec, "pt", datasets=[source], **{**arguments, **options})
     trainer = Trainer(
         accelerator="cpu",

@@ -100,7 +100,8 @@ def write_texts(folder: Path, lengths: tuple[int, ...] = (3, 17, 9, 30, 5, 22, 1
 
 
 def pt_data(path: str, spec: BackboneSpec = SCRATCH, **options: Any) -> DataModule:
-    arguments = {"template": "default", "max_length": 64, "global_batch_size": 4, "micro_batch_size": 2, "seed": 3}
+    arguments = {"template": "default", "max_length": 64, "global_batch_size": 4, "micro_batch_size": 2}
+    arguments |= {"seed": 3, "cache_dir": None}
     return DataModule(spec, "pt", datasets=[{"path": path, "formatting": "text"}], **{**arguments, **options})
 
 
@@ -436,7 +437,7 @@ def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
     run_of_6(tmp_path / "straight", "full", spec, write_texts(tmp_path, TWELVE))
     folder = continued(tmp_path / "straight", tmp_path / "other", 3)
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 8))
-    data = DataModule(spec, "sft", datasets=[{"path": str(tmp_path / "rows.json")}], template="chatml")
+    data = DataModule(spec, "sft", datasets=[{"path": str(tmp_path / "rows.json")}], template="chatml", cache_dir=None)
     with pytest.raises(InputError, match="must be PT, the stage of this checkpoint, got SFT"):
         trainer(folder).fit(SFT(spec, Full()), data, ckpt_path=last_checkpoint(folder), weights_only=True)
 
