@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from lf_lightning.callbacks.checkpoint import RunCheckpoint
 
 
 def recipe_of(trainer: Trainer, pl_module: LightningModule) -> str:
@@ -25,18 +28,45 @@ def recipe_of(trainer: Trainer, pl_module: LightningModule) -> str:
     stage_values |= {name: vars(pl_module)[name] for name in names if name in vars(pl_module)}
     recipe: dict[str, Any] = {
         "seed_everything": pl_module.seed,
-        "trainer": {
-            "max_steps": trainer.max_steps,
-            "max_epochs": trainer.max_epochs,
-            "precision": trainer.precision,
-            "log_every_n_steps": trainer.log_every_n_steps,  # type: ignore[attr-defined]
-            "default_root_dir": trainer.default_root_dir,
-        },
+        "trainer": {**_trainer_options(trainer), "default_root_dir": str(trainer.default_root_dir)},
+        "checkpoint": _checkpoint_options(trainer),
         "model": {"class_path": type(pl_module).__name__, "init_args": {k: _plain(v) for k, v in stage_values.items()}},
     }
     if data is not None:
         recipe["data"] = {name: _plain(value) for name, value in data.arguments.items()}
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+
+
+def _trainer_options(trainer: Trainer) -> dict[str, Any]:
+    """What a trainer says of itself, under the names of its arguments."""
+    plain: Any = trainer  # Lightning leaves some of these untyped
+    return {
+        "max_steps": plain.max_steps,
+        "max_epochs": plain.max_epochs,
+        "precision": plain.precision,
+        "accelerator": plain.accelerator.name(),
+        "devices": plain.num_devices,
+        "num_nodes": plain.num_nodes,
+        "strategy": "ddp" if isinstance(plain.strategy, DDPStrategy) else "auto",
+        "val_check_interval": plain.val_check_interval,
+        "check_val_every_n_epoch": plain.check_val_every_n_epoch,
+        "limit_train_batches": plain.limit_train_batches,
+        "limit_val_batches": plain.limit_val_batches,
+        "log_every_n_steps": plain.log_every_n_steps,
+    }
+
+
+def _checkpoint_options(trainer: Trainer) -> dict[str, Any]:
+    """The options of the run's checkpoints."""
+    for callback in vars(trainer)["callbacks"]:
+        if isinstance(callback, RunCheckpoint):
+            return {
+                "every_n_steps": callback.every_n_steps,
+                "save_top_k": callback.keep,
+                "monitor": callback.watched,
+                "mode": callback.best_is,
+            }
+    return {}
 
 
 def _plain(value: Any) -> Any:

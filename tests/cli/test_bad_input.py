@@ -484,7 +484,7 @@ MODELS = {
         lambda here: build_model(here / "model", vocab_size=200),
     ),
     "a model of another kind": of_model(
-        (BACKBONE, "ViTConfig"), lambda here: (here / "model/config.json").write_text('{"model_type": "vit"}')
+        (BACKBONE, "vit"), lambda here: (here / "model/config.json").write_text('{"model_type": "vit"}')
     ),
     "no chat template": of_model(
         ("data.template: auto wants a chat template in the tokenizer, got none", "chatml"),
