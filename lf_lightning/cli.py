@@ -18,11 +18,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lf_lightning.callbacks import PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
 from lf_lightning.callbacks.folder import check_whole, complete_checkpoints
 from lf_lightning.callbacks.run_folder import make_writable, refuse_mixing
-from lf_lightning.commands.refusal import check_top_keys, refusal
 from lf_lightning.console import quiet_libraries, say
 from lf_lightning.data.datamodule import DataModule
 from lf_lightning.models import Tuning
 from lf_lightning.optim import OptimizerSpec
+from lf_lightning.refusal import check_top_keys, refusal
 from lf_lightning.stages import PT, SFT, Stage
 from lf_lightning.types import InputError
 

@@ -94,7 +94,7 @@ def _check_complete(path: str, report: Any) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{WHERE}.path: {path} lacks the weight {missing[0]}{more}. Use a folder that is whole.")
-    for name, got, want in report["mismatched_keys"]:
+    for name, got, want in sorted(report["mismatched_keys"]):
         raise InputError(
             f"{WHERE}.path: weight {name} of {path} must have shape {tuple(want)}, as its config.json says, "
             f"got {tuple(got)}. Use a folder that is whole."
