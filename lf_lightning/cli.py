@@ -273,6 +273,7 @@ def _weights_folder(cli: Gate) -> Path | None:
     """The folder whose weights `validate`, `test` and `predict` use."""
     asked = cli.config.ckpt_path
     if asked is None:
+        say("no --ckpt_path: taking the model as backbone and tuning give it, before any training")
         return None
     if asked == "last":
         found = complete_checkpoints(Path(cli.trainer.default_root_dir))

@@ -92,6 +92,8 @@ def refusal(message: str) -> str:
 
 
 def _unknown_argument(keys: list[str], found: re.Match[str], message: str) -> str:
+    if found[1].endswith((".yaml", ".yml", ".json")):
+        return f"{found[1]}: must follow --config, got it alone. Write --config {found[1]}."
     if not found[1].startswith("-"):
         return f"{found[1]}: must begin with two dashes, as an option does. Write --{found[1].replace('=', ' ')}."
     option = found[1].split("=")[0].lstrip("-")

@@ -14,7 +14,7 @@ from lf_lightning.console import say
 from lf_lightning.data.checks import check_options
 from lf_lightning.data.collate import prompt_batch, token_batch
 from lf_lightning.data.encode import EncodeOptions
-from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan, micro_batch_rule
+from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan, micro_batch_rule, plan_lines
 from lf_lightning.data.loader import EvalLoader, StepLoader
 from lf_lightning.data.prompts import Prompt, prompt_rows
 from lf_lightning.data.sets import EncodedSets, Names, Split
@@ -202,9 +202,12 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """The optimizer steps of this rank."""
+        lengths = [unit.num_tokens for unit in self.units("train")]
+        for line in plan_lines(lengths, self.global_batch_size, self.rule):
+            say(line)
         self._train_loader = StepLoader(
             units_of_epoch=partial(self.units, "train"),
-            num_units=len(self.units("train", 0)),
+            num_units=len(lengths),
             global_batch_size=self.global_batch_size,
             arrange=self._arrange,
         )

@@ -24,6 +24,19 @@ def micro_batch_rule(size: int | None, tokens: int | None) -> MicroBatchRule | N
     return None if size is None and tokens is None else MicroBatchRule(size, tokens)
 
 
+def plan_lines(lengths: Sequence[int], global_batch_size: int, rule: MicroBatchRule) -> list[str]:
+    """What a person wants to know of an epoch: its units and steps, and units that are longer than the budget."""
+    steps = -(-len(lengths) // global_batch_size)
+    lines = [f"train: {len(lengths):,} units of {sum(lengths):,} tokens, {steps:,} steps an epoch"]
+    long = [length for length in lengths if rule.tokens is not None and length > rule.tokens]
+    if long:
+        lines.append(
+            f"data.micro_batch_tokens: {len(long):,} units are longer than {rule.tokens:,} tokens "
+            f"(longest {max(long):,}); each of them is a micro-batch of its own"
+        )
+    return lines
+
+
 def micro_batch_plan(lengths: Sequence[int], *, num_ranks: int, rule: MicroBatchRule, layout: Layout) -> Plan:
     """Lay the units of one step on ranks and micro-batches, the same number of micro-batches on every rank.
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lf_lightning.data.layout import MicroBatchRule, Plan, micro_batch_plan
+from lf_lightning.data.layout import MicroBatchRule, Plan, micro_batch_plan, plan_lines
 from lf_lightning.types import Layout
 
 
@@ -110,3 +110,15 @@ def test_by_size_a_rank_runs_no_more_micro_batches_than_its_share_needs() -> Non
         plan = micro_batch_plan(lengths, num_ranks=num_ranks, rule=by_size(size), layout="padded")
         share = -(-num_units // num_ranks)
         assert len(plan[0]) <= max(1, -(-share // size))
+
+
+def test_an_epoch_is_announced_with_its_units_and_steps_and_units_above_the_budget_are_named_once():
+    rule = MicroBatchRule(size=None, tokens=10)
+    assert plan_lines([4, 12, 30, 5, 6], 2, rule) == [
+        "train: 5 units of 57 tokens, 3 steps an epoch",
+        "data.micro_batch_tokens: 2 units are longer than 10 tokens (longest 30); "
+        "each of them is a micro-batch of its own",
+    ]
+    assert plan_lines([4, 12], 2, MicroBatchRule(size=1, tokens=None)) == [
+        "train: 2 units of 16 tokens, 1 steps an epoch"
+    ]
