@@ -27,8 +27,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
 	touch $@
 
+# One thread: for a model of this size a second one gains little, and on a busy machine they wait for each other.
 quickstart: $(READY)
-	$(BIN)/lf-lightning fit --config configs/sft/quickstart.yaml --overwrite true
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/lf-lightning fit --config configs/sft/quickstart.yaml --overwrite true
 
 test: $(READY)
 	$(PYTEST)
