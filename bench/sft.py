@@ -44,8 +44,10 @@ PAGE = """# A training step against the plain padded step
     {command}
 
 Llama, hidden size {hidden}, {layers} layers, tied embedding. {rows} rows a step; lengths log-normal,
-{mean_length:.0f} tokens on average, deviation of the logarithm {deviation}, at most {max_length}; {masked_share:.0%} masked. Ours: `Trainer.fit`, SFT,
-`layout: padding_free`, `micro_batch_size: {our_rows}`. Plain: micro-batches of {plain_rows} rows in the order of the data,
+{mean_length:.0f} tokens on average, deviation of the logarithm {deviation}, at most {max_length};
+{masked_share:.0%} masked. Ours: `Trainer.fit`, SFT,
+`layout: padding_free`, `micro_batch_size: {our_rows}`.
+Plain: micro-batches of {plain_rows} rows in the order of the data,
 padded on the right ({padding} of what it computes is padding), all logits, transformers' loss. Both: AdamW,
 clipping, float32; loss and norm of the gradient agree to 1e-3 at every step.
 

@@ -18,7 +18,7 @@ class AnswersTable(Callback):
 
     Args:
         num_rows: Rows of the table, > 0; the score counts all prompts.
-        next_command: Printed below the table: what to try next.
+        next_command: Printed below the table: what to try next; FOLDER stands for the run folder.
     """
 
     def __init__(self, num_rows: int = 8, next_command: str | None = None) -> None:
@@ -59,7 +59,8 @@ class AnswersTable(Callback):
             console.print(f"exact match {name} training: {hits / len(answers):.3f} ({hits} of {len(answers)})")
         console.print(f"the model is in {run_folder(trainer) / 'final'}", soft_wrap=True)
         if self.next_command:
-            console.print(f"next, try: {self.next_command}", soft_wrap=True, markup=False)
+            command = self.next_command.replace("FOLDER", str(run_folder(trainer)))
+            console.print(f"next, try: {command}", soft_wrap=True, markup=False)
 
 
 def _answers(stage: Any) -> list[Answer]:

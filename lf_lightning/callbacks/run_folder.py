@@ -97,7 +97,11 @@ def model_card(trainer: Trainer, stage: Any, config: str) -> str:
     spec = stage.backbone_spec
     data = trainer.datamodule  # type: ignore[attr-defined]
     names = [str(name) for name in data.names["train"]] if data is not None else []
-    metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if "/" in name}
+    metrics = {
+        name: float(value)
+        for name, value in sorted(trainer.callback_metrics.items())
+        if name.startswith(("train/", "val/"))
+    }
     head = ["---", "library_name: " + ("peft" if stage.backbone.is_adapter else "transformers")]
     head += [f"base_model: {spec.path}"] if spec.path else []
     head += ["tags: [lf-lightning, text-generation]", "---", ""]
