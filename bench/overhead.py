@@ -42,11 +42,10 @@ PAGE = """# What Lightning and the step contract cost
     {command}
 
 Milliseconds per optimizer step. Llama, hidden size {hidden}, {layers} layers, over bytes;
-{micro_batches} micro-batches of {rows} rows a step, padding-free, AdamW, clipping, float32;
-the same loss at every logged step. A block is {block} steps
-of each, one after the other in turn, logging included; median (smallest-largest) over blocks, differences taken inside
-a block. The machine is shared: CPU time is disturbed less than the clock, and the difference hardly depends on the
-model. Data: order, layout and collation of a step.
+{micro_batches} micro-batches of {rows} rows a step, padding-free, AdamW, clipping, float32; the same loss at every
+logged step. A block is {block} steps of each, one after the other in turn, logging included; median (smallest-largest)
+over blocks, differences taken inside a block. The machine is shared: CPU time is disturbed less than the clock, and the
+difference hardly depends on the model. Data: layout and collation of a step.
 Python {python}, torch {torch} ({capability}), transformers {transformers}, lightning {lightning}, {threads} threads.
 
 {table}

@@ -45,11 +45,10 @@ PAGE = """# A training step against the plain padded step
 
 Llama, hidden size {hidden}, {layers} layers, tied embedding. {rows} rows a step; lengths log-normal,
 {mean_length:.0f} tokens on average, deviation of the logarithm {deviation}, at most {max_length};
-{masked_share:.0%} masked. Ours: `Trainer.fit`, SFT,
-`layout: padding_free`, `micro_batch_size: {our_rows}`.
-Plain: micro-batches of {plain_rows} rows in the order of the data,
-padded on the right ({padding} of what it computes is padding), all logits, transformers' loss. Both: AdamW,
-clipping, float32; loss and norm of the gradient agree to 1e-3 at every step.
+{masked_share:.0%} masked. Ours: `Trainer.fit`, SFT, `layout: padding_free`, `micro_batch_size: {our_rows}`.
+Plain: micro-batches of {plain_rows} rows in the order of the data, padded on the right
+({padding} of what it computes is padding), all logits, transformers' loss.
+Both: AdamW, clipping, float32; loss and norm of the gradient agree to 1e-3 at every step.
 
 Tokens per second: of tokens that are not padding; above 1 ours is faster. MiB: peak above weights, gradients and state
 of the optimizer. Median (smallest-largest) over steps and over runs; the machine is shared.
@@ -68,13 +67,6 @@ class Pair(NamedTuple):
     our_cpu_seconds: float  # of all threads: a busy machine disturbs it less
     plain_seconds: float
     plain_cpu_seconds: float
-
-
-class Peak(NamedTuple):
-    """What a process reports that measures memory."""
-
-    extra_mib: float  # above weights, gradients and state of the optimizer
-    loss: float  # of the measured step
 
 
 def now() -> tuple[float, float]:
@@ -190,7 +182,7 @@ def rows_of(data: DataModule) -> list[Row]:
     return [(torch.from_numpy(ids).long(), torch.from_numpy(labels).long()) for ids, labels in documents]
 
 
-def fit(spec: BackboneSpec, data: DataModule, folder: Path, callback: Callback) -> Trainer:
+def fit(spec: BackboneSpec, data: DataModule, folder: Path, callback: Callback) -> None:
     """One epoch of ours."""
     trainer = Trainer(
         accelerator="cpu",
@@ -205,7 +197,6 @@ def fit(spec: BackboneSpec, data: DataModule, folder: Path, callback: Callback) 
         default_root_dir=folder,
     )
     trainer.fit(SFT(spec, Full(), AdamW(), ScheduleSpec("constant")), data)
-    return trainer
 
 
 def padded(rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -245,8 +236,8 @@ def measure_time(arguments: argparse.Namespace, words: int, seconds: float) -> l
     return [twin.num_parameters()[1], *beside.pairs]
 
 
-def measure_memory(arguments: argparse.Namespace, words: int, number: int, way: str) -> Peak:
-    """Two steps of one way in this process."""
+def measure_memory(arguments: argparse.Namespace, words: int, number: int, way: str) -> float:
+    """Peak of the second of two steps of one way, in MiB above weights, gradients and state of the optimizer."""
     spec = make_spec(words, arguments)
     arguments.steps = 1
     with TemporaryDirectory() as name:
@@ -254,15 +245,15 @@ def measure_memory(arguments: argparse.Namespace, words: int, number: int, way: 
         data = make_data(spec, Path(name) / "rows.json", arguments)
         if way == "ours":
             peak = PeakOfSecondStep()
-            trainer = fit(spec, data, Path(name) / "run", peak)
-            return Peak(peak.extra_mib, float(trainer.callback_metrics["train/loss"]))
+            fit(spec, data, Path(name) / "run", peak)
+            return peak.extra_mib
         rows = rows_of(data)
     backbone = load_backbone(spec, Full(), vocab_size=1, seed=0)
     optimizer = AdamW().build(backbone.named_parameters())
     plain_step(backbone.causal_lm, optimizer, rows[: arguments.rows], arguments.plain_rows)
     before = held_mib(backbone)
-    loss, _ = plain_step(backbone.causal_lm, optimizer, rows[arguments.rows :], arguments.plain_rows)
-    return Peak(memory_mib("VmHWM") - before, loss)
+    plain_step(backbone.causal_lm, optimizer, rows[arguments.rows :], arguments.plain_rows)
+    return memory_mib("VmHWM") - before
 
 
 def in_a_process(*task: str | float) -> Any:
@@ -272,24 +263,23 @@ def in_a_process(*task: str | float) -> Any:
     return json.loads(printed.splitlines()[-1])
 
 
-def measure_peaks(words: int, number: int) -> tuple[Peak, Peak]:
-    """Memory of the plain way and of ours, on the same rows."""
-    plain, ours = (Peak(*in_a_process("memory", words, number, way)) for way in ("plain", "ours"))
-    assert abs(plain.loss - ours.loss) <= 1e-4 * plain.loss, f"loss: plain {plain.loss}, ours {ours.loss}"
-    print(f"{words}: plain {plain}, ours {ours}", file=sys.stderr, flush=True)
+def measure_peaks(words: int, number: int) -> tuple[float, float]:
+    """Memory of the plain way and of ours, on the same rows, in MiB."""
+    plain, ours = (float(in_a_process("memory", words, number, way)) for way in ("plain", "ours"))
+    print(f"{words}: plain {plain:.0f} MiB, ours {ours:.0f} MiB", file=sys.stderr, flush=True)
     return plain, ours
 
 
-def row(words: int, num_parameters: int, peaks: list[tuple[Peak, Peak]], pairs: list[Pair]) -> str:
+def row(words: int, num_parameters: int, peaks: list[tuple[float, float]], pairs: list[Pair]) -> str:
     """One row of the table."""
     cells = [
         *(f"{words:,}", f"{num_parameters / 1e6:.0f}M", str(len(pairs))),
         spread([pair.plain_seconds / pair.our_seconds for pair in pairs], "{:.2f}".format),
         spread([pair.plain_cpu_seconds / pair.our_cpu_seconds for pair in pairs], "{:.2f}".format),
         str(len(peaks)),
-        spread([plain.extra_mib for plain, _ in peaks], "{:,.0f}".format),
-        spread([ours.extra_mib for _, ours in peaks], "{:,.0f}".format),
-        spread([ours.extra_mib / plain.extra_mib for plain, ours in peaks], "{:.2f}".format),
+        spread([plain for plain, _ in peaks], "{:,.0f}".format),
+        spread([ours for _, ours in peaks], "{:,.0f}".format),
+        spread([ours / plain for plain, ours in peaks], "{:.2f}".format),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -322,13 +312,13 @@ def measure_all(arguments: argparse.Namespace) -> str:
     )
 
 
-def child(arguments: argparse.Namespace) -> list[Any]:
+def child(arguments: argparse.Namespace) -> Any:
     """Do what the parent asks for."""
     torch.set_num_threads(arguments.threads)
     quiet_libraries()
     seed_everything(0, verbose=False)
     kind, *task = json.loads(arguments.child)
-    return [*(measure_time(arguments, *task) if kind == "time" else measure_memory(arguments, *task))]
+    return (measure_time if kind == "time" else measure_memory)(arguments, *task)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace, set_parsing_settings
@@ -87,12 +88,15 @@ class Gate(LightningCLI):
         if not sys.stderr.isatty():
             kwargs["enable_progress_bar"] = False
         try:
-            return super().instantiate_trainer(**kwargs)
+            built = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise InputError(
                 f"trainer: {reason}. Look at accelerator, devices and strategy: auto suits most."
             ) from error
+        if trainer.precision == "16-mixed" and built.precision != "16-mixed":
+            raise InputError("trainer.precision: 16-mixed needs a GPU, got none. Use bf16-mixed.")
+        return built
 
 
 CKPT_PATH_HELP = (
@@ -104,7 +108,11 @@ OVERWRITE_HELP = "Start afresh in a run folder that holds complete checkpoints; 
 
 def task_of(class_path: str) -> str:
     """The data's task of a stage's class path, short or full."""
-    return STAGES.get(class_path.rsplit(".", 1)[-1], "sft")
+    if class_path in STAGES or "." not in class_path:
+        return STAGES.get(class_path, "sft")  # an unknown name is the parser's to refuse
+    with suppress(ImportError, AttributeError):
+        return str(resolve_name(class_path).task)
+    return "sft"
 
 
 def fit(argv: list[str]) -> int:
@@ -148,7 +156,6 @@ def predict(argv: list[str]) -> int:
     """Generate an answer to each prompt of data.predict_datasets."""
     cli = build(argv, "predict")
     cli.model.weights_folder = _weights_folder(cli)
-    cli.datamodule.predict_batch_size = cli.model.generation.batch_size
     cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
     return 0
 

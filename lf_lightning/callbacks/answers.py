@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lf_lightning.callbacks.checkpoint import run_folder
+from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.callbacks.predictions import gather_answers
 from lf_lightning.console import say
 from lf_lightning.data.templates import prompt_segments

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, step_of, whole_folder
+from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, run_folder, step_of, whole_folder
+from lf_lightning.callbacks.run_log import read_log
 from lf_lightning.console import say
 from lf_lightning.types import InputError
 
@@ -69,6 +71,10 @@ class RunCheckpoint(ModelCheckpoint):
         ]
         if self.watched not in known:
             raise InputError(f"checkpoint.monitor: must be one of {', '.join(known)}, got {self.watched}. Correct it.")
+        # a checkpoint is written before its step is validated, so its own value is in the log only
+        field = f"eval_{self.watched.removeprefix('val/')}"
+        rows = read_log(run_folder(trainer))
+        self.values |= {row["current_steps"]: row[field] for row in rows if row.get(field) is not None}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,8 +118,6 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(folder / "trainer_state" / "state.ckpt")
             trainer.strategy.barrier()
         trainer.strategy.barrier()
-        if self.watched is not None and self.watched in trainer.callback_metrics:
-            self.values.setdefault(trainer.global_step, float(trainer.callback_metrics[self.watched]))
         self._prune(trainer)
         return target
 
@@ -136,6 +140,7 @@ class RunCheckpoint(ModelCheckpoint):
         def rank(folder: Path) -> tuple[float, int]:
             step = step_of(folder) or 0
             value = self.values.get(step, worst) if self.watched else 0.0
+            value = worst if math.isnan(value) else value
             return (value if self.best_is == "min" else -value), -step
 
         for folder in sorted(older, key=rank)[self.keep :]:
@@ -155,11 +160,6 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the values of checkpoints that this process did not write."""
         self.values = dict(state_dict["values"])
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of the run."""
-    return Path(trainer.default_root_dir)
 
 
 def _fill(trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:

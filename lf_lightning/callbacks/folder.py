@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning.pytorch import Trainer
+
 from lf_lightning.types import InputError
 
 MANIFEST = "manifest.json"
@@ -51,6 +53,11 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
     _sync(folder / MANIFEST)
     _sync(folder)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run."""
+    return Path(trainer.default_root_dir)
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lf_lightning.callbacks.checkpoint import run_folder
+from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.callbacks.run_log import read_log
 
 

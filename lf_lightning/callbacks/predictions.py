@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lf_lightning.callbacks.checkpoint import run_folder
+from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.console import say
 from lf_lightning.types import Answer
 

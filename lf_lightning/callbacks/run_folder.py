@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lf_lightning.callbacks.checkpoint import run_folder
-from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, step_of
+from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, run_folder, step_of
 from lf_lightning.callbacks.recipe import recipe_of
 from lf_lightning.callbacks.run_log import CSV, JSONL, RESULTS, cut_logs
 from lf_lightning.console import say
@@ -40,7 +39,8 @@ class RunFolder(Callback):
         folder = run_folder(trainer)
         make_writable(folder)
         checkpoints = complete_checkpoints(folder)
-        if trainer.ckpt_path is None and not self.overwrite:
+        elsewhere = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parents[3] != folder.resolve()
+        if elsewhere or (trainer.ckpt_path is None and not self.overwrite):
             refuse_mixing(folder)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
@@ -129,18 +129,29 @@ def _move_previous(folder: Path, checkpoints: list[Path]) -> None:
     found += [*folder.glob("config.*.yaml"), *folder.glob("training_*.png")]
     if not found:
         return
-    number = 1 + max((int(path.name.split("-")[1]) for path in folder.glob("previous-[0-9]*")), default=0)
-    previous = folder / f"previous-{number}"
+    previous = _next_previous(folder)
     previous.mkdir()
     for path in found:
         path.rename(previous / path.name)
     say(f"moved the files of an older run to {previous}")
 
 
+def _next_previous(folder: Path) -> Path:
+    number = 1 + max((int(path.name.split("-")[1]) for path in folder.glob("previous-[0-9]*")), default=0)
+    return folder / f"previous-{number}"
+
+
 def _continue(folder: Path, ckpt_path: Path) -> None:
     """Take the logs back to the checkpoint's step, and keep the configuration that led to it."""
     step = step_of(ckpt_path.parent.parent) or int(torch.load(ckpt_path, weights_only=True)["global_step"])
     cut_logs(folder, step)
+    later = [path for path in complete_checkpoints(folder) if (step_of(path) or 0) > step]
+    if later:
+        previous = _next_previous(folder) / "checkpoints"
+        previous.mkdir(parents=True)
+        for path in later:
+            path.rename(previous / path.name)
+        say(f"moved {len(later)} checkpoints after step {step} to {previous}")
     if (folder / "config.yaml").is_file():
         (folder / "config.yaml").rename(folder / f"config.{step}.yaml")
     say(f"continuing at step {step} from {ckpt_path.parent.parent}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lf_lightning.callbacks.checkpoint import run_folder
+from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.console import say
 
 JSONL, CSV, RESULTS = "trainer_log.jsonl", "metrics.csv", "all_results.json"
@@ -61,16 +62,18 @@ class RunLog(Callback):
             row = {**self._progress(trainer), **{f"eval_{name}": value for name, value in values.items()}}
             self._write(trainer, row, {f"val/{name}": value for name, value in values.items()})
         else:
-            self._report(trainer, "eval", values)
+            self._report(trainer, pl_module, "eval", values)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the values of the test set to all_results.json."""
-        self._report(trainer, "test", _values(trainer, "test/"))
+        self._report(trainer, pl_module, "test", _values(trainer, "test/"))
 
-    def _report(self, trainer: Trainer, kind: str, values: dict[str, float]) -> None:
-        """Say and write the values of a set that was measured by itself."""
+    def _report(self, trainer: Trainer, stage: Any, kind: str, values: dict[str, float]) -> None:
+        """Say and write the values of a set that was measured by itself, and of which weights they are."""
         if trainer.is_global_zero:
-            write_results(trainer, {f"{kind}_{name}": value for name, value in values.items()})
+            weights = str(stage.weights_folder or "as the configuration gives them")
+            measured = {f"{kind}_{name}": value for name, value in values.items()}
+            write_results(trainer, {**measured, f"{kind}_weights": weights})
             line = "  ".join(f"{kind}_{name} {value:.4f}" for name, value in values.items())
             say(f"{line}  (in {run_folder(trainer) / RESULTS})")
 
@@ -146,16 +149,26 @@ def cut_logs(folder: Path, step: int) -> None:
     if path.is_file():
         rows = [row for line in path.read_text().splitlines() if (row := _parsed(line)) is not None]
         kept = [row for row in rows if row.get("current_steps", 0) <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
     path = folder / CSV
     if path.is_file():
         with path.open(newline="") as handle:
             reader = csv.DictReader(handle)
             columns, table = list(reader.fieldnames or []), list(reader)
-        with path.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(row for row in table if row["step"].isdigit() and int(row["step"]) <= step)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
+        writer.writeheader()
+        whole = [row for row in table if None not in row.values()]
+        writer.writerows(row for row in whole if row["step"].isdigit() and int(row["step"]) <= step)
+        _replace(path, text.getvalue())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Give a file another content, all at once."""
+    hidden = path.with_name(f".{path.name}.tmp")
+    with hidden.open("w", newline="") as handle:
+        handle.write(text)
+    hidden.replace(path)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lf_lightning.types import InputError
+from lf_lightning.types import BackboneSpec, InputError
 
 LEAST = {
     "max_length": 2,
@@ -55,3 +55,29 @@ def check_options(**options: Any) -> None:
             f"data.isolate_documents: asks about packs, got {options['isolate_documents']} with packing: none. "
             "Remove it, or set data.packing."
         )
+
+
+def check_same_order(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue in another order of units than the checkpoint's: its cursor would point elsewhere.
+
+    Raises:
+        InputError: Names the first difference.
+    """
+    for name, value in before.items():
+        if now[name] != value:
+            where = "data.datasets" if name == "num_units" else f"data.{name}"
+            what = "give as many units" if name == "num_units" else "be the same"
+            raise InputError(
+                f"{where}: must {what} as in the checkpoint, {value}, got {now[name]}. Change it back, or start afresh."
+            )
+
+
+def given_backbone(backbone: BackboneSpec | None) -> BackboneSpec:
+    """The backbone, which only the command line's parser may leave open for a moment.
+
+    Raises:
+        InputError: There is none.
+    """
+    if backbone is None:
+        raise InputError("data.backbone: must be the stage's backbone, got none. Pass DataModule(backbone, ...).")
+    return backbone

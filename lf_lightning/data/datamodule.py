@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy
 
 from lf_lightning.console import say
-from lf_lightning.data.checks import check_options
+from lf_lightning.data.checks import check_options, check_same_order, given_backbone
 from lf_lightning.data.collate import prompt_batch, token_batch
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan, micro_batch_rule, plan_lines
@@ -23,7 +23,7 @@ from lf_lightning.data.store import TokenStore, build_store
 from lf_lightning.data.templates import Template, load_template, stop_token_ids
 from lf_lightning.data.tokenizer import fit_tokenizer, load_tokenizer
 from lf_lightning.lightning_private import global_seed
-from lf_lightning.types import BackboneSpec, InputError, Isolation, Layout, PromptBatch, Source, StepBatch, Task, Unit
+from lf_lightning.types import BackboneSpec, InputError, Isolation, Layout, PromptBatch, StepBatch, Task, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +35,8 @@ SETS: dict[Split, str] = {
     "predict": "predict_datasets",
 }
 """Set -> the option that names its datasets."""
+WANTED: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+"""What the trainer does -> the sets that are encoded for it; the first must exist."""
 NOT_OPTIONS = ("self", "__class__", "backbone", "task")
 
 
@@ -117,7 +119,7 @@ class DataModule(LightningDataModule):
         check_options(**arguments)
         self.arguments = arguments
         """The options as they were given, without the two that the stage decides."""
-        self.backbone, self.task, self.global_batch_size = _given(backbone), task, global_batch_size
+        self.backbone, self.task, self.global_batch_size = given_backbone(backbone), task, global_batch_size
         self.names: dict[Split, Names] = {split: arguments[option] for split, option in SETS.items()}
         self.rule = micro_batch_rule(micro_batch_size, micro_batch_tokens) or MicroBatchRule(None, 8192)
         self.eval_rule = micro_batch_rule(eval_micro_batch_size, eval_micro_batch_tokens) or self.rule
@@ -179,10 +181,12 @@ class DataModule(LightningDataModule):
     # ------------------------------------------------------------------ Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Encode what is not in the cache yet, on one process of each node."""
-        for split in SETS:
-            if split != "predict" and self.names[split] and self.arguments["cache_dir"]:
-                self._build(self.names[split])
+        """Encode what the run needs and is not in the cache yet, on one process of each node."""
+        verb = self.trainer.state.fn if self.trainer is not None else None
+        for split in WANTED.get(verb or "fit", ()) if self.arguments["cache_dir"] else ():
+            names = self.names[split] or (self.names["train"] if split == "val" and self.arguments["val_size"] else ())
+            if names:
+                self._build(names)
 
     def setup(self, stage: str) -> None:
         """Open the encoded sets and say what was kept, cut and dropped.
@@ -190,8 +194,7 @@ class DataModule(LightningDataModule):
         Raises:
             InputError: There is nothing to do the stage with.
         """
-        wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        splits = wanted.get(stage, ())
+        splits = WANTED.get(stage, ())
         for split in splits[:1]:
             if split not in self.sets:
                 raise InputError(f"data.{SETS[split]}: must name at least one dataset, got none. Name one.")
@@ -211,13 +214,17 @@ class DataModule(LightningDataModule):
             global_batch_size=self.global_batch_size,
             arrange=self._arrange,
         )
-        if self._cursor is not None:
-            self._train_loader.load_state_dict(self._cursor)
+        cursor, self._cursor = self._cursor, None
+        if cursor is not None:
+            check_same_order(cursor["order"], self._order(len(lengths)))
+            self._train_loader.load_state_dict(cursor)
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor of the training loader: how many units of which epoch are consumed."""
-        return {} if self._train_loader is None else self._train_loader.state_dict()
+        """The cursor of the training loader: how many units of which epoch are consumed, in which order."""
+        if self._train_loader is None:
+            return {}
+        return {**self._train_loader.state_dict(), "order": self._order(self._train_loader.num_units)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training loader begin where `state_dict` was taken.
@@ -225,6 +232,11 @@ class DataModule(LightningDataModule):
         Lightning hands a loader its own state only where nobody has asked for the number of steps before: too late.
         """
         self._cursor = state_dict or None
+
+    def _order(self, num_units: int) -> dict[str, Any]:
+        """What the order of the units follows from."""
+        names = ("shuffle", "max_length", "packing", "val_size")
+        return {"num_units": num_units, "seed": self.seed, **{name: self.arguments[name] for name in names}}
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
         """The validation set in micro-batches; nothing where there is none."""
@@ -238,8 +250,7 @@ class DataModule(LightningDataModule):
         """The prompts to answer, in batches of this rank."""
         return self.prompt_loader("predict", batch_size=self.predict_batch_size)
 
-    predict_batch_size = 8
-    """Prompts of a batch; the stage sets it from its generation spec."""
+    predict_batch_size = 8  # prompts of a batch; the stage sets it from its generation spec
 
     # ------------------------------------------------------------------ doors for notebooks and callbacks
 
@@ -273,8 +284,6 @@ class DataModule(LightningDataModule):
         """The prompts of a set in batches of this rank; the same number of batches on every rank."""
         return EvalLoader(partial(self._prompt_batches, split, batch_size))
 
-    # ------------------------------------------------------------------ inside
-
     @property
     def _rank_and_size(self) -> tuple[int, int]:
         """This process among the data-parallel ones: the strategy knows, also where ranks share a model."""
@@ -284,13 +293,10 @@ class DataModule(LightningDataModule):
         place = strategy.distributed_sampler_kwargs
         return int(place["rank"]), int(place["num_replicas"])
 
-    def _sources(self, names: Names) -> list[Source]:
-        return resolve_sources(list(names), self.arguments["dataset_dir"])
-
     def _build(self, names: Names) -> TokenStore:
         given = self.arguments
         return build_store(
-            self._sources(names),
+            resolve_sources(list(names), self.arguments["dataset_dir"]),
             self.options,
             self.tokenizer,
             self.template,
@@ -302,7 +308,7 @@ class DataModule(LightningDataModule):
 
     def _read_prompts(self, names: Names) -> list[Prompt]:
         return prompt_rows(
-            self._sources(names),
+            resolve_sources(list(names), self.arguments["dataset_dir"]),
             self.tokenizer,
             self.template,
             task=self.task,
@@ -341,10 +347,3 @@ class DataModule(LightningDataModule):
             chosen = [prompts[row] for row in rows] or [prompts[0]]
             batches.append(partial(prompt_batch, chosen, rows or [-1], pad_id=int(self.tokenizer.pad_token_id)))
         return batches
-
-
-def _given(backbone: BackboneSpec | None) -> BackboneSpec:
-    """Only the command line's parser may leave the backbone open for a moment."""
-    if backbone is None:
-        raise InputError("data.backbone: must be the stage's backbone, got none. Pass DataModule(backbone, ...).")
-    return backbone

@@ -31,7 +31,7 @@ class StepLoader:
         arrange: Callable[[Sequence[Unit]], StepBatch],
     ) -> None:
         self._units_of_epoch = units_of_epoch
-        self._num_units = num_units
+        self.num_units = num_units
         self._global_batch_size = global_batch_size
         self._arrange = arrange
         self._epoch = 0
@@ -49,15 +49,15 @@ class StepLoader:
 
     def __len__(self) -> int:
         """Optimizer steps of a whole epoch. With a length Lightning does not prefetch, so the cursor is exact."""
-        return steps_per_epoch(self._num_units, self._global_batch_size)
+        return steps_per_epoch(self.num_units, self._global_batch_size)
 
     def __iter__(self) -> Iterator[StepBatch]:
         """The steps from the cursor to the end of the epoch. The cursor moves when a step is handed out."""
         # a generator: the epoch is read at the first step, after Lightning has called set_epoch
         units = self._units_of_epoch(self._epoch)
-        while self._consumed_units < self._num_units:
+        while self._consumed_units < self.num_units:
             start = self._consumed_units
-            self._consumed_units = min(start + self._global_batch_size, self._num_units)
+            self._consumed_units = min(start + self._global_batch_size, self.num_units)
             yield self._arrange(units[start : self._consumed_units])
         self._consumed_units = 0
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lf_lightning.console import say
 from lf_lightning.data.encode import bos_ids, token_ids
 from lf_lightning.data.formats import RowError, check_task, conversation_of, text_of
 from lf_lightning.data.sources import load_rows
@@ -16,8 +16,6 @@ from lf_lightning.types import Conversation, Segment, Source, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LOG = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
@@ -83,7 +81,7 @@ def _source_prompts(
                 raise row_error(source, number, str(error)) from error
             dropped.append(f"row {number}: {error}")
     if dropped:
-        LOG.warning("%s: %d of %d prompts dropped (%s)", source.name, len(dropped), len(rows), dropped[0])
+        say(f"{source.name}: {len(dropped)} of {len(rows)} prompts dropped ({dropped[0]})")
     ids = token_ids((segment.text for segments, _ in parsed.values() for segment in segments), tokenizer)
     opening = bos_ids(tokenizer) if task == "pt" else []
     return [

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -77,6 +78,9 @@ def resolve_sources(datasets: list[str | dict[str, Any]], dataset_dir: str) -> l
                 f"data.datasets[{position}]: must be a name or a mapping, got {entry!r}. Write a name of "
                 f"{folder / 'dataset_info.json'}, or {{path: rows.jsonl, ...}}."
             )
+    twice = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
+    if twice:
+        raise InputError(f"data.datasets: {twice[0]!r} names two datasets. Give each inline entry a name of its own.")
     return sources
 
 

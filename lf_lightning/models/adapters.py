@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -61,8 +62,16 @@ class Freeze(Tuning):
                 f"got {self.num_layers}. Choose a number in that range."
             )
         model.requires_grad_(False)
-        for block in blocks[-self.num_layers :]:
+        trained = blocks[-self.num_layers :]
+        for block in trained:
             block.requires_grad_(True)
+        half = next(model.parameters()).dtype
+        if half in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # the trained blocks will be float32: cast where they meet the others
+            trained[0].register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+            trained[-1].register_forward_hook(partial(_cast_output, dtype=half))
         return model
 
 
@@ -95,6 +104,10 @@ class LoRA(Tuning):
         where = "model.init_args.tuning.init_args"
         if self.rank < 1:
             raise InputError(f"{where}.rank: must be at least 1, got {self.rank}. Try 8.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"{where}.alpha: must be positive, got {self.alpha}. Leave it out for 2 * rank.")
+        if not self.target:
+            raise InputError(f"{where}.target: must name linear layers, got none. Use all.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"{where}.dropout: must be in [0, 1), got {self.dropout}. Try 0.0.")
         if self.adapter and (self.rank, self.alpha, self.dropout, self.target) != (8, None, 0.0, "all"):
@@ -122,6 +135,23 @@ class LoRA(Tuning):
         )
         adapted: PeftModel = get_peft_model(model, config)
         return adapted
+
+
+def _cast_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Hidden states of frozen half-precision blocks become the float32 of the first trained one."""
+    cast = [_to(value, torch.float32) for value in args]
+    return tuple(cast), {name: _to(value, torch.float32) for name, value in kwargs.items()}
+
+
+def _cast_output(block: nn.Module, args: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
+    """Hidden states of the last trained block become the half precision of the frozen norm and output layer."""
+    if isinstance(output, tuple):
+        return (_to(output[0], dtype), *output[1:])
+    return _to(output, dtype)
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _continued(model: PreTrainedModel, adapter: str) -> PeftModel:

@@ -35,6 +35,8 @@ def documents_are_isolated(backbone: Backbone, layout: Layout) -> bool:
     Models that carry state or position biases across a row (recurrent, convolutional, ALiBi) do not. In the padded
     layout it is transformers that finds the documents, by their positions, and not for every family.
     """
+    if layout == "padding_free" and backbone.causal_lm.config.get_text_config().to_dict().get("attention_chunk_size"):
+        return False  # llama4 attends in chunks by its mask alone, longer than these documents
     first, second, other = _words(backbone, 7, seed=1), _words(backbone, 9, seed=2), _words(backbone, 7, seed=3)
     layout_before: Layout = "padding_free" if backbone.is_padding_free else "padded"
     with _Quiet(backbone):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -63,6 +64,11 @@ class ScheduleSpec:
 def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The options of each parameter group, as the configuration says them."""
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of all groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def restate(optimizer: Optimizer, schedule: LRScheduler, configured: list[dict[str, Any]]) -> None:

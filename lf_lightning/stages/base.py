@@ -25,9 +25,11 @@ from lf_lightning.models.export import load_weights, save_unnamed_weights, save_
 from lf_lightning.models.generation import generate_answers
 from lf_lightning.models.probe import check_output_layer
 from lf_lightning.models.sharding import clip_gradients, shard
-from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate
+from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate, trained_parameters
+from lf_lightning.stages.doors import check_trainer
 from lf_lightning.stages.layout import settle_layout
 from lf_lightning.stages.means import SetMeans
+from lf_lightning.stages.non_finite import NonFinite
 from lf_lightning.stages.ranks import Ranks, seed_random_layers
 from lf_lightning.stages.resume import check_same_stage
 from lf_lightning.types import (
@@ -41,14 +43,10 @@ from lf_lightning.types import (
     StepBatch,
     Task,
     TokenBatch,
-    TrainingStopped,
 )
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-PATIENCE_WITH_THE_SCALER = 20
-"""Steps in a row that 16-mixed may skip for a gradient that overflows, before it counts as non-finite."""
 
 
 class Stage(LightningModule, ABC):
@@ -97,11 +95,10 @@ class Stage(LightningModule, ABC):
         """Folder with trained weights to start from; set it before `validate`, `test` or `predict`."""
         self.total_tokens = 0
         """Tokens trained on so far, over all ranks, padding not counted."""
-        self.num_skipped_steps = 0
+        self._guard = NonFinite(non_finite)
         self._backbone: Backbone | None = None
         self._isolation: Isolation | None = None
-        self._grad_norm = torch.zeros(())
-        self._overflows_in_a_row = 0
+        self._grad_norm = self._loss = 0.0
         self._tokens_since_log, self._time_of_log = 0, 0.0
         self._means = SetMeans([*self.coefficients, *self.metrics])
 
@@ -130,9 +127,17 @@ class Stage(LightningModule, ABC):
         assert self._backbone is not None, "the model is built by configure_model"
         return self._backbone
 
+    def setup(self, stage: str) -> None:
+        """Refuse trainers that would train wrong numbers, and tell the data how many prompts go together."""
+        check_trainer(self.trainer)
+        if self.data is not None:
+            self.data.predict_batch_size = self.generation.batch_size
+
     def configure_model(self) -> None:
         """Build the model, shard it where the strategy asks for it, and leave it in train mode."""
         if self._backbone is not None:
+            if self.weights_folder is not None and self.trainer.state.fn != "fit":
+                load_weights(self._backbone, self.weights_folder)
             return
         data = self.data
         vocab_size = len(data.tokenizer) if data is not None else 0
@@ -161,8 +166,8 @@ class Stage(LightningModule, ABC):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Bring the run folder, the checkpoints and the logs where the trainer has none of ours."""
-        present = {type(callback) for callback in vars(self.trainer)["callbacks"]}
-        return [callback for callback in default_callbacks() if type(callback) not in present]
+        present = vars(self.trainer)["callbacks"]
+        return [ours for ours in default_callbacks() if not any(isinstance(theirs, type(ours)) for theirs in present)]
 
     def on_fit_start(self) -> None:
         """Ask the model whether it keeps documents of one row apart, and tell the data what the layout is."""
@@ -200,8 +205,9 @@ class Stage(LightningModule, ABC):
         num_tokens = sum(micro_batch.num_tokens for micro_batch in step.micro_batches)
         *totals, tokens = ranks.sums([*sums.values(), num_tokens])
         means = self._with_loss({name: total / max(counts[name], 1) for name, total in zip(sums, totals, strict=True)})
-        if not all(map(math.isfinite, means.values())):
-            self._give_up_step(optimizer, "loss", means)
+        self._loss = means["loss"]
+        step_number = self.trainer.global_step + 1
+        self._guard.check_loss(step_number, means, trained_parameters(optimizer.optimizer), scaled=self._is_scaled)
         optimizer.step()
         self._log_step(means, int(tokens))  # with the learning rate that this step had
         self._schedule.step()
@@ -209,28 +215,21 @@ class Stage(LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the global norm of the gradient, after 16-mixed has unscaled it."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._grad_norm = clip_gradients(parameters, self.max_grad_norm)
-        if torch.isfinite(self._grad_norm):
-            self._overflows_in_a_row = 0
-            return
-        self._overflows_in_a_row += 1
-        if self.trainer.precision == "16-mixed" and self._overflows_in_a_row < PATIENCE_WITH_THE_SCALER:
-            return  # the GradScaler skips this step by itself
-        self._give_up_step(optimizer, "gradient", {"norm": float(self._grad_norm)})
-
-    def _give_up_step(self, optimizer: Any, what: str, values: dict[str, float]) -> None:
-        """Stop, or take the gradients away: stepping without any changes nothing, and the step still counts."""
+        parameters = trained_parameters(optimizer)
+        self._grad_norm = float(clip_gradients(parameters, self.max_grad_norm))
         step = self.trainer.global_step + 1
-        found = ", ".join(f"{name} {value}" for name, value in values.items())
-        if self.non_finite == "stop":
-            raise TrainingStopped(
-                f"step {step}: the {what} is not finite, got {found}. Lower the learning rate or look at the rows of "
-                "this step, or set model.init_args.non_finite: skip."
-            )
-        self.num_skipped_steps += 1
-        say(f"step {step}: skipped, the {what} is not finite ({found}); {self.num_skipped_steps} so far")
-        optimizer.zero_grad(set_to_none=True)
+        self._guard.check_gradient(
+            step, self._grad_norm, parameters, scaled=self._is_scaled, seen=not math.isfinite(self._loss)
+        )
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps that counted and changed nothing, because a loss or gradient was not finite."""
+        return self._guard.num_skipped_steps
+
+    @property
+    def _is_scaled(self) -> bool:
+        return self.trainer.precision == "16-mixed"
 
     @property
     def ranks(self) -> Ranks:
@@ -297,7 +296,7 @@ class Stage(LightningModule, ABC):
             "isolation": self._isolation and tuple(self._isolation),
             "num_trained": self.backbone.num_parameters()[0],
             "total_tokens": self.total_tokens,
-            "num_skipped_steps": self.num_skipped_steps,
+            "num_skipped_steps": self._guard.num_skipped_steps,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -305,7 +304,7 @@ class Stage(LightningModule, ABC):
         state = checkpoint["stage"]
         check_same_stage(state, name=type(self).__name__, num_trained=self.backbone.num_parameters()[0])
         self._isolation = Isolation(*state["isolation"]) if state["isolation"] else None
-        self.total_tokens, self.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
+        self.total_tokens, self._guard.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
         load_weights(self.backbone, Path(str(self.trainer.ckpt_path)).parent.parent)
 
     def on_train_start(self) -> None:
@@ -324,7 +323,8 @@ class Stage(LightningModule, ABC):
         speed = self._tokens_since_log / max(time.perf_counter() - self._time_of_log, 1e-9)
         self._tokens_since_log, self._time_of_log = 0, time.perf_counter()
         values = {f"train/{name}": value for name, value in self.reported(means).items()}
-        values["train/grad_norm"] = float(self._grad_norm)
+        values["train/grad_norm"] = self._grad_norm
+        values["train/skipped_steps"] = self._guard.num_skipped_steps
         values["train/learning_rate"] = float(self._optimizer.param_groups[0]["lr"])
         self.log_dict({name: self._exact(value) for name, value in values.items()})
         self.log("tokens/s", self._exact(speed), prog_bar=True)

@@ -29,5 +29,5 @@ class CausalLMStage(Stage):
     def reported(self, means: dict[str, float]) -> dict[str, float]:
         """Loss, perplexity exp(loss), and the share of tokens that were the likeliest."""
         loss = means["loss"]
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        perplexity = math.inf if loss >= 700 else math.exp(loss)
         return {"loss": loss, "perplexity": perplexity, "accuracy": means["accuracy"]}

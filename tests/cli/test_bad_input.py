@@ -664,7 +664,7 @@ def assert_one_line(code: int, error: str, says: tuple[str, ...]) -> None:
     assert last.startswith("lf-lightning: error: ")
     summary = re.compile(
         r"\w+: [\d,]+ rows, .* dropped.*|model: [\d,]+ parameters.*"
-        r"|data\.layout: .*|step \d+.*|continuing .*"
+        r"|train: [\d,]+ units .*|no --ckpt_path: .*|data\.layout: .*|step \d+.*|continuing .*"
     )
     assert [line for line in before if not summary.fullmatch(line)] == []
     for part in says:

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, Trainer
 from safetensors import safe_open
 
+from lf_lightning import cli
 from lf_lightning.__main__ import main
 from tests.cli.runs import INIT, ROWS, config, lightning, log_rows, losses, merged, steps, weights, write
 
@@ -503,3 +505,47 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_weights(here: Path, root
     assert weights(run / "final") == weights(here / "straight" / "final")
     assert losses(run) == losses(here / "straight")
     assert len(steps(run)) == 4
+
+
+# ---------------------------------------------------------------------- other ends
+
+
+class Signals(Callback):
+    """Send this process a signal after three steps, as a terminal or a scheduler would."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_its_own_code_and_a_resume_goes_on(
+    number: signal.Signals,
+    code: int,
+    here: Path,
+    full_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    plain = cli.make_gate
+
+    def with_signal(*arguments: Any, **options: Any) -> Any:
+        gate = plain(*arguments, **options)
+        gate.trainer.callbacks.append(Signals(number))
+        return gate
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "make_gate", with_signal)
+        try:
+            got = lightning("fit", here, config())
+        except SystemExit as stopped:
+            got = stopped.code
+    assert got == code
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
+    assert steps(here / "run") == ["step-00000002"]
+    assert not (here / "run" / "final").exists()
+    assert lightning("fit", here, config(), "--ckpt_path", "last") == 0
+    assert weights(here / "run" / "final") == weights(full_run / "final")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +160,13 @@ def test_a_dataset_for_another_task_is_refused_before_it_is_read(tmp_path: Path)
         made(Source("d", tmp_path / "gone.json", ranking=True))
 
 
-def test_prompts_end_where_the_answer_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_end_where_the_answer_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path, [*ROWS[::2], {"instruction": 1}])
     tokenizer = byte_tokenizer()
     template = load_template("empty", tokenizer)
-    with caplog.at_level(logging.WARNING):
-        prompts = prompt_rows([source], tokenizer, template, invalid_rows="skip")
+    prompts = prompt_rows([source], tokenizer, template, invalid_rows="skip")
     assert prompts == [Prompt("ab", (100, 101), "cd", "rows", 1), Prompt("g", (106,), "", "rows", 2)]
-    assert caplog.messages == [
+    assert capsys.readouterr().err.splitlines() == [
         "rows: 1 of 3 prompts dropped (row 3: column 'instruction' must be a string, got 1)",
     ]
     with pytest.raises(InputError, match=r"rows\.json, row 3: column 'instruction' must be a string"):

@@ -1,0 +1,39 @@
+"""What a trainer may ask of a stage, checked for runs from Python too: strategies and precisions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from lf_lightning.types import InputError
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse what would train wrong numbers without an error.
+
+    Raises:
+        InputError: The strategy or the precision is not one that the step contract holds for.
+    """
+    strategy: Any = trainer.strategy
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    if not known or isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy by inheritance
+        raise InputError(
+            "trainer.strategy: must be auto, ddp or ModelParallelStrategy (FSDP2), "
+            f"got {type(strategy).__name__}. Choose one of these."
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        shared = strategy.device_mesh["tensor_parallel"].size()
+        if shared != 1:
+            raise InputError(
+                f"trainer.strategy.init_args.tensor_parallel_size: must be 1, got {shared}. "
+                f"Set data_parallel_size: {trainer.world_size} and tensor_parallel_size: 1."
+            )
+        if trainer.state.fn == "predict":
+            raise InputError("trainer.strategy: cannot generate with a sharded model yet, got one. Use auto or ddp.")
+    if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        raise InputError(
+            f"trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. "
+            "Set model.init_args.backbone.dtype for the type of the weights."
+        )
