@@ -40,6 +40,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 DESCRIPTION = "Options as flags, which beat the file. In the YAML those of a class lie below its init_args."
 
+INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells count
 DEFAULT_EPOCHS = 3
 """Epochs of a run whose configuration says no end."""
 
@@ -132,7 +133,14 @@ def fit(argv: list[str]) -> int:
     elif not cli.config.overwrite:
         refuse_mixing(folder)
     make_writable(folder)
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    except SystemExit:  # Lightning's answer to a signal
+        if not (cli.trainer.interrupted or cli.trainer.received_sigterm):
+            raise
+    if cli.trainer.interrupted or cli.trainer.received_sigterm:
+        say(f"interrupted after step {cli.trainer.global_step}: continue with --ckpt_path last")
+        return TERMINATED if cli.trainer.received_sigterm else INTERRUPTED
     return 0
 
 

@@ -29,6 +29,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self._padded_kernel: str = self.causal_lm.config._attn_implementation or "eager"
+        config = self.causal_lm.config.to_dict()
+        scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0  # cohere; falcon_h1
+        self._logit_scale = float(scale) / (config.get("logits_scaling") or 1.0)  # granite divides
+        self._softcap: float | None = config.get("final_logit_softcapping")  # gemma
         if self._decoder is self.causal_lm:
             kind = type(self.causal_lm).__name__
             raise InputError(
@@ -62,14 +66,8 @@ class Backbone(nn.Module):
     @property
     def output_layer(self) -> OutputLayer:
         """How this family turns hidden states into logits; an adapter on the output layer is merged on the fly."""
-        config = self.causal_lm.config.to_dict()
-        head = self.causal_lm.get_output_embeddings()
-        weight, bias = head_weights(head)
-        scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0  # cohere; falcon_h1
-        if config.get("logits_scaling"):  # granite divides
-            scale = scale / config["logits_scaling"]
-        softcap = config.get("final_logit_softcapping")  # gemma
-        return OutputLayer(weight=weight, bias=bias, scale=float(scale), softcap=softcap)
+        weight, bias = head_weights(self.causal_lm.get_output_embeddings())
+        return OutputLayer(weight=weight, bias=bias, scale=self._logit_scale, softcap=self._softcap)
 
     def forward(self, batch: TokenBatch, *, kernel: Kernel) -> Any:
         """Run the decoder on a micro-batch and the kernel on its last hidden states.
