@@ -236,7 +236,7 @@ class DataModule(LightningDataModule):
     def _order(self, num_units: int) -> dict[str, Any]:
         """What the order of the units follows from."""
         names = ("shuffle", "max_length", "packing", "val_size")
-        return {"num_units": num_units, "seed": self.seed, **{name: self.arguments[name] for name in names}}
+        return {"seed": self.seed, **{name: self.arguments[name] for name in names}, "num_units": num_units}
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
         """The validation set in micro-batches; nothing where there is none."""

@@ -685,8 +685,11 @@ def test_bad_input_is_one_line_that_names_the_culprit(
     assert_one_line(code, capsys.readouterr().err, bad.says)
 
 
+SLOW = ("keys: a key of the data", "rows: a row without an answer")
+
+
 @pytest.mark.parametrize(
-    "name", ["keys: a key of the data", "rows: a row without an answer", "models: layers that do not exist"]
+    "name", ["models: layers that do not exist", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_a_process_of_its_own_says_it_in_one_line_too(
     name: str, here: Path, root: Path, request: pytest.FixtureRequest
