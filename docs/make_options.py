@@ -18,7 +18,8 @@ from lf_lightning import callbacks
 from lf_lightning.callbacks import RunCheckpoint
 from lf_lightning.cli import CKPT_PATH_HELP, OVERWRITE_HELP, TRAINER_DEFAULTS
 from lf_lightning.data.datamodule import DataModule
-from lf_lightning.models import Tuning
+from lf_lightning.losses.preference import PreferenceConstants
+from lf_lightning.models import ReferenceSpec, Tuning, ValueHeadSpec
 from lf_lightning.optim import OptimizerSpec, ScheduleSpec
 from lf_lightning.stages import Stage
 from lf_lightning.types import BackboneSpec, GenerationSpec
@@ -60,12 +61,19 @@ def page() -> str:
     lines = [f"- `{kind.__name__}`: {summary(kind)}" for kind in stages]
     sections.append("## model.class_path\n\n" + "\n".join(lines) + "\n")
     sections.append(class_section("model.init_args", Stage, say=False))
+    common = set(inspect.signature(Stage).parameters)
+    sections += [
+        class_section(f"model.init_args: {kind.__name__}", kind, leave_out=common, say=False) for kind in stages
+    ]
     sections.append(class_section("model.init_args.backbone", BackboneSpec))
     for group, base in (("tuning", Tuning), ("optimizer", OptimizerSpec)):
         place = f"model.init_args.{group}"
         sections += [class_section(f"{place}: {kind.__name__}", kind) for kind in leaves(base)]
     sections.append(class_section("model.init_args.schedule", ScheduleSpec))
     sections.append(class_section("model.init_args.generation", GenerationSpec))
+    sections.append(class_section("model.init_args.reference", ReferenceSpec))
+    sections.append(class_section("model.init_args.constants", PreferenceConstants))
+    sections.append(class_section("model.init_args.value_head", ValueHeadSpec))
     sections.append(class_section("data", DataModule, leave_out=("backbone", "task")))
     sections += [class_section(f"trainer.callbacks: {kind.__name__}", kind) for kind in our_callbacks()]
     return "\n".join(sections)

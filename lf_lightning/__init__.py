@@ -8,16 +8,22 @@ __version__ = "0.1.0"
 PUBLIC = {
     "AdamW": "lf_lightning.optim.optimizers",
     "BackboneSpec": "lf_lightning.types",
+    "DPO": "lf_lightning.stages.dpo",
     "DataModule": "lf_lightning.data.datamodule",
     "Freeze": "lf_lightning.models.adapters",
     "Full": "lf_lightning.models.adapters",
     "GenerationSpec": "lf_lightning.types",
     "InputError": "lf_lightning.types",
+    "KTO": "lf_lightning.stages.kto",
     "LoRA": "lf_lightning.models.adapters",
     "PT": "lf_lightning.stages.pt",
+    "PreferenceConstants": "lf_lightning.losses.preference",
+    "RM": "lf_lightning.stages.rm",
+    "ReferenceSpec": "lf_lightning.models.reference",
     "RunCheckpoint": "lf_lightning.callbacks.checkpoint",
     "SFT": "lf_lightning.stages.sft",
     "ScheduleSpec": "lf_lightning.optim.schedules",
+    "ValueHeadSpec": "lf_lightning.models.value_head",
 }
 """Public name -> the module that defines it, loaded on first use: the names bring torch, the package must not."""
 

@@ -24,10 +24,11 @@ from lf_lightning.data.datamodule import DataModule
 from lf_lightning.models import Tuning
 from lf_lightning.optim import OptimizerSpec
 from lf_lightning.refusal import check_top_keys, refusal
-from lf_lightning.stages import PT, SFT, Stage
+from lf_lightning.stages import STAGES as STAGE_CLASSES
+from lf_lightning.stages import Stage
 from lf_lightning.types import InputError
 
-STAGES = {stage.__name__: stage.task for stage in (PT, SFT)}
+STAGES = {stage.__name__: stage.task for stage in STAGE_CLASSES}
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,

@@ -16,16 +16,20 @@ from lightning.pytorch import Callback, Trainer
 
 from lf_lightning.callbacks import RunCheckpoint
 from lf_lightning.data.datamodule import DataModule
-from lf_lightning.models import Tuning
+from lf_lightning.losses.preference import PreferenceConstants
+from lf_lightning.models import ReferenceSpec, Tuning, ValueHeadSpec
 from lf_lightning.optim import OptimizerSpec, ScheduleSpec
-from lf_lightning.stages import PT, SFT
+from lf_lightning.stages import STAGES
 from lf_lightning.types import BackboneSpec, GenerationSpec, InputError
 
 OWNERS: dict[str, tuple[type, ...]] = {
-    "model": (PT, SFT),
+    "model": STAGES,
     "backbone": (BackboneSpec,),
     "schedule": (ScheduleSpec,),
     "generation": (GenerationSpec,),
+    "reference": (ReferenceSpec,),
+    "constants": (PreferenceConstants,),
+    "value_head": (ValueHeadSpec,),
     "tuning": tuple(Tuning.__subclasses__()),
     "optimizer": tuple(OptimizerSpec.__subclasses__()),
     "data": (DataModule,),

@@ -54,9 +54,12 @@ class Span(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What counts as one towards the global batch size: a sequence, or one pack of documents."""
+    """What counts as one towards the global batch size: a sequence, a pack, a pair, or a feedback row."""
 
     spans: tuple[Span, ...]
+    partner: int | None = (
+        None  # feedback: the document whose response is this unit's KL partner, if any
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -64,24 +67,89 @@ class Unit(NamedTuple):
         return sum(span.end - span.start for span in self.spans)
 
 
+class Document(NamedTuple):
+    """A stretch of tokens that attend to each other, and to nothing else of their row.
+
+    The tokens of each branch follow the trunk and see it, but not one another: two responses to one prompt.
+    """
+
+    trunk: int  # tokens; 0 where nothing is shared
+    branches: tuple[int, ...] = ()  # tokens of each branch, in order
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of trunk and branches together."""
+        return self.trunk + sum(self.branches)
+
+
 class TokenBatch(NamedTuple):
     """Tokens of one micro-batch. B rows, T tokens a row; `padding_free` batches have one row that holds all units.
 
-    A *document* here is a stretch of tokens that attend to each other: a sequence, or a document of an isolated pack.
+    S *sequences* are told apart where a stage needs a number for each: a response with its prompt. A sequence without
+    any counted token is allowed; its sums are zero.
     """
 
     input_ids: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64: the token to predict at each position (already shifted), IGNORE where none counts
     positions: Tensor | None  # (B, T) int64, restarting at 0 with each document; None where every row is one document
-    documents: tuple[int, ...] | None  # length of each document of the one row, in order; None in the padded layout
+    documents: tuple[Document, ...] | None  # documents of the one row, in order; None in the padded layout
     num_units: int  # units in this micro-batch; 0 for a filler
     num_tokens: int  # tokens that are not padding; 0 for a filler
+    sequences: Tensor | None = None  # (B, T) int64: the sequence whose token is predicted, S where nothing counts
+    num_sequences: int = 0  # S
+
+
+class PreferenceBatch(NamedTuple):
+    """P pairs of one micro-batch. Sequence 2 i is the chosen response of pair i, sequence 2 i + 1 the rejected one."""
+
+    tokens: TokenBatch
+    rows: Tensor  # (P,) int64: document of each pair in its store, by which reference log-probs are kept
+    margins: Tensor  # (P,) float64: how much better the chosen response is; 0 where the data does not say
+    reference: Tensor | None = (
+        None  # (P, 2, 2) reference log-probs: chosen, rejected x whole, front; no gradient
+    )
+
+    @property
+    def num_units(self) -> int:
+        """Pairs in this micro-batch; 0 for a filler."""
+        return self.tokens.num_units
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding; a shared prompt counts once."""
+        return self.tokens.num_tokens
+
+
+class FeedbackBatch(NamedTuple):
+    """U feedback rows of one micro-batch, each with a partner: another row's response to this row's prompt."""
+
+    responses: TokenBatch  # sequence i is the response of unit i
+    mismatched: TokenBatch  # sequence i is the partner's response, to the prompt of unit i; empty where there is none
+    both: TokenBatch  # sequence 2 i is the response of unit i, 2 i + 1 the partner's: prompts shared where allowed
+    rows: Tensor  # (U,) int64: document of each unit in its store
+    is_desirable: Tensor  # (U,) bool
+    has_partner: Tensor  # (U,) bool
+    reference: Tensor | None = None  # (U, 2) sums of reference log-probs: response, partner's; no gradient
+    kl_log_ratios: Tensor | None = None  # (U,) log policy - log reference of the partner's response; no gradient
+
+    @property
+    def num_units(self) -> int:
+        """Feedback rows in this micro-batch; 0 for a filler."""
+        return self.responses.num_units
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding, the partners' responses not counted."""
+        return self.responses.num_tokens
+
+
+MicroBatch = TokenBatch | PreferenceBatch | FeedbackBatch
 
 
 class StepBatch(NamedTuple):
     """One optimizer step on one rank: its micro-batches, at least one. In validation it holds exactly one."""
 
-    micro_batches: tuple[TokenBatch, ...]
+    micro_batches: tuple[Any, ...]  # of one kind: TokenBatch, PreferenceBatch or FeedbackBatch, as the task wants
 
 
 class LossSums(NamedTuple):
@@ -94,10 +162,18 @@ class LossSums(NamedTuple):
 class Answer(NamedTuple):
     """A generated answer beside the prompt and the answer that the data gives."""
 
-    row: int
+    row: int  # position in its set
     prompt: str
     predict: str
     label: str
+
+
+class PairScore(NamedTuple):
+    """What a reward model gives the two responses of a pair."""
+
+    row: int  # position in its set
+    chosen: float
+    rejected: float
 
 
 class PromptBatch(NamedTuple):
@@ -221,30 +297,33 @@ class Source:
 
     Args:
         name: What messages and errors call it.
-        path: File or folder with the rows.
+        path: File or folder with the rows; None where `records` gives them.
         formatting: `alpaca` (instruction, input, output), `sharegpt` (a list of turns), `openai` (role and content),
             or `text` (one text a row; what pt trains on).
         columns: Our name of a column -> the file's name.
         tags: sharegpt and openai: our name of a role or key -> the file's name.
         ranking: The rows hold a chosen and a rejected answer.
+        records: The rows themselves.
     """
 
     name: str
-    path: Path
+    path: Path | None
     formatting: Literal["alpaca", "sharegpt", "openai", "text"] = "alpaca"
     columns: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     ranking: bool = False
+    records: tuple[dict[str, Any], ...] = ()
 
 
 class Isolation(NamedTuple):
-    """In which layouts a model keeps the documents of one row apart."""
+    """In which layouts a model keeps the documents of one row apart, and whether also two branches of one document."""
 
     padded: bool
     padding_free: bool
+    branches: bool = False  # padding_free only
 
 
-Task = Literal["pt", "sft"]
+Task = Literal["pt", "sft", "rm", "dpo", "kto"]
 Layout = Literal["padded", "padding_free"]
 
 

@@ -11,9 +11,11 @@ from lf_lightning.callbacks.processor import SaveProcessorCallback
 from lf_lightning.callbacks.progress import PlainProgress
 from lf_lightning.callbacks.run_folder import RunFolder
 from lf_lightning.callbacks.run_log import RunLog
+from lf_lightning.callbacks.value_head import FixValueHeadModelCallback
 
 __all__ = [
     "AnswersTable",
+    "FixValueHeadModelCallback",
     "PlainProgress",
     "PlotLoss",
     "RunCheckpoint",
@@ -28,4 +30,5 @@ __all__ = [
 
 def default_callbacks() -> list[Callback]:
     """What every run has, with its defaults; the order matters: logs before plots, the model card last."""
-    return [SaveProcessorCallback(), RunFolder(), RunLog(), PlotLoss(), WritePredictions(), RunCheckpoint()]
+    saves = [SaveProcessorCallback(), FixValueHeadModelCallback(), RunFolder()]
+    return [*saves, RunLog(), PlotLoss(), WritePredictions(), RunCheckpoint()]

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.folder import run_folder
-from lf_lightning.callbacks.predictions import gather_answers
+from lf_lightning.callbacks.predictions import gather_predictions
 from lf_lightning.console import say
 from lf_lightning.data.templates import prompt_segments
 from lf_lightning.types import Answer, Conversation, Message
@@ -69,7 +69,7 @@ def _answers(stage: Any) -> list[Answer]:
     found: list[Answer] = []
     for batch in loader:
         found.extend(stage.answers(stage.transfer_batch_to_device(batch, stage.device, 0)))
-    return gather_answers(found)
+    return gather_predictions(found)
 
 
 def _frame(stage: Any) -> tuple[str, str]:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.console import say
-from lf_lightning.types import Answer
+from lf_lightning.types import Answer, PairScore
+
+Prediction = TypeVar("Prediction", Answer, PairScore)
 
 PREDICTIONS = "generated_predictions.jsonl"
 
 
 class WritePredictions(Callback):
-    """Write generated_predictions.jsonl, one line a prompt in the order of the set: prompt, predict, label."""
+    """Write generated_predictions.jsonl in the order of the set.
+
+    One line a prompt: prompt, predict, label; of a reward model one line a pair: chosen, rejected, at full precision.
+    """
 
     def __init__(self) -> None:
-        self._answers: list[Answer] = []
+        self._found: list[Any] = []
 
     def on_predict_batch_end(
         self,
@@ -31,25 +36,29 @@ class WritePredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the answers of this rank."""
-        self._answers.extend(outputs)
+        """Keep what this rank has predicted."""
+        self._found.extend(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the answers of all ranks and write them."""
-        answers = gather_answers(self._answers)
-        self._answers = []
+        """Gather the predictions of all ranks and write them."""
+        predictions = gather_predictions(self._found)
+        self._found = []
         if trainer.is_global_zero:
             path = run_folder(trainer) / PREDICTIONS
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = ({"prompt": answer.prompt, "predict": answer.predict, "label": answer.label} for answer in answers)
-            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            say(f"wrote {len(answers)} answers to {path}")
+            lines = []
+            for prediction in predictions:
+                fields = prediction._asdict()
+                del fields["row"]  # the number of the line says it
+                lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+            path.write_text("".join(lines))
+            say(f"wrote {len(lines)} predictions to {path}")
 
 
-def gather_answers(answers: Sequence[Answer]) -> list[Answer]:
-    """The answers of all ranks in the order of the set."""
-    everyone: list[Sequence[Answer]] = [list(answers)]
+def gather_predictions(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """The predictions of all ranks in the order of the set."""
+    everyone: list[Sequence[Prediction]] = [list(predictions)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         everyone = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(everyone, list(answers))
-    return sorted((answer for part in everyone for answer in part), key=lambda answer: answer.row)
+        torch.distributed.all_gather_object(everyone, list(predictions))
+    return sorted((each for part in everyone for each in part), key=lambda each: each.row)

@@ -19,9 +19,14 @@ from lf_lightning.console import say
 JSONL, CSV, RESULTS = "trainer_log.jsonl", "metrics.csv", "all_results.json"
 
 
-def log_is_due(trainer: Trainer) -> bool:
-    """Whether the optimizer step just made is logged: every `log_every_n_steps`-th, and the last one."""
-    step = trainer.global_step
+def log_is_due(trainer: Trainer, *, ahead: int = 0) -> bool:
+    """Whether the optimizer step just made is logged: every `log_every_n_steps`-th, and the last one.
+
+    Args:
+        trainer: The trainer.
+        ahead: Ask of the step that comes so many later.
+    """
+    step = trainer.global_step + ahead
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a plain attribute of Trainer
     return step % max(every, 1) == 0 or step == trainer.estimated_stepping_batches
 
@@ -48,7 +53,7 @@ class RunLog(Callback):
                 "loss": values.pop("loss"),
                 "lr": values.pop("learning_rate"),
                 "throughput": round(float(trainer.callback_metrics["tokens/s"]), 2),
-                "total_tokens": pl_module.total_tokens,
+                "total_tokens": _total_tokens(pl_module),
                 **values,
             }
             self._write(trainer, row, {f"train/{name}": value for name, value in _values(trainer, "train/").items()})
@@ -82,7 +87,7 @@ class RunLog(Callback):
         if trainer.is_global_zero:
             results = {f"train_{name}": value for name, value in _values(trainer, "train/").items()}
             results |= {f"eval_{name}": value for name, value in _values(trainer, "val/").items()}
-            write_results(trainer, {**results, "steps": trainer.global_step, "total_tokens": pl_module.total_tokens})
+            write_results(trainer, {**results, "steps": trainer.global_step, "total_tokens": _total_tokens(pl_module)})
 
     def _progress(self, trainer: Trainer) -> dict[str, Any]:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
@@ -103,6 +108,10 @@ class RunLog(Callback):
         with (folder / JSONL).open("a") as handle:
             handle.write(json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n")
         _append_csv(folder / CSV, {"step": row["current_steps"], "epoch": row["epoch"], **metrics})
+
+
+def _total_tokens(stage: Any) -> int:
+    return int(stage.tokens.total)
 
 
 def _finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lf_lightning.data.encode import EncodedRow, EncodeOptions, RowProblem, encode_rows
+from lf_lightning.data.encode_judgements import FACTS, encode_judgements
 from lf_lightning.data.sources import load_rows
 from lf_lightning.data.templates import Template, Way
 from lf_lightning.types import Source
@@ -43,6 +44,7 @@ class Chunk(NamedTuple):
     ways: list[Way]  # (R,)
     cuts: list[int]  # (R,) tokens cut from each row
     problems: list[RowProblem]
+    facts: dict[str, NDArray[Any]]  # each (D,): what the task keeps beside the tokens
 
 
 class Encoder(NamedTuple):
@@ -56,7 +58,9 @@ class Encoder(NamedTuple):
     def chunk(self, job: Job) -> Chunk:
         """Encode the rows of a job."""
         source = self.sources[job.source_index]
-        results = encode_rows(job.rows, source, self.options, self.tokenizer, self.template, first_row=job.first_row)
+        facts = FACTS.get(self.options.task, {})
+        encode = encode_judgements if facts else encode_rows
+        results = encode(job.rows, source, self.options, self.tokenizer, self.template, first_row=job.first_row)
         kept = [result for result in results if isinstance(result, EncodedRow)]
         documents = [example for row in kept for example in row.examples]
         return Chunk(
@@ -68,6 +72,7 @@ class Encoder(NamedTuple):
             ways=[row.way for row in kept],
             cuts=[row.num_cut for row in kept],
             problems=[result for result in results if isinstance(result, RowProblem)],
+            facts={name: np.array([each.facts[name] for each in documents], kind) for name, kind in facts.items()},
         )
 
 

@@ -1,10 +1,11 @@
-"""Options of the data that make no sense, refused before anything is read."""
+"""Options of the data that make no sense, and datasets that do not suit the task, refused before a row is read."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lf_lightning.types import BackboneSpec, InputError
+from lf_lightning.data.formats import ALPACA_COLUMNS
+from lf_lightning.types import BackboneSpec, InputError, Source, Task
 
 LEAST = {
     "max_length": 2,
@@ -28,11 +29,28 @@ EXCLUSIVE = (
 )
 """Options of which one at most may be given."""
 
+JUDGING: tuple[Task, ...] = ("rm", "dpo", "kto")
+"""Tasks that learn from judged answers."""
 
-def check_options(**options: Any) -> None:
+_RANKED = ("ranking", "ranked answers", "Set ranking: true and columns: {chosen: <column>, rejected: <column>}")
+WANTS: dict[Task, tuple[str | None, str, str]] = {
+    "pt": (None, "plain texts", "Choose another dataset"),
+    "sft": (None, "conversations", "Choose another dataset"),
+    "rm": _RANKED,
+    "dpo": _RANKED,
+    "kto": ("feedback", "liked and disliked answers", "Set columns: {kto_tag: <column>}"),
+}
+"""Task -> the judgement that it wants, in words, and how a dataset gets it."""
+
+MEANINGLESS = {"packing": "none", "train_on_prompt": False, "mask_history": False, "history": "per_turn"}
+"""Option -> the only value with judged answers: there only the last answer is learned, and nothing is packed."""
+
+
+def check_options(task: Task, **options: Any) -> None:
     """Refuse values outside their range and combinations that contradict each other.
 
     Args:
+        task: What the stage learns.
         options: The data's options by name.
 
     Raises:
@@ -54,6 +72,95 @@ def check_options(**options: Any) -> None:
         raise InputError(
             f"data.isolate_documents: asks about packs, got {options['isolate_documents']} with packing: none. "
             "Remove it, or set data.packing."
+        )
+    _check_judging(task, options)
+
+
+def _check_judging(task: Task, options: dict[str, Any]) -> None:
+    for name, value in MEANINGLESS.items() if task in JUDGING else ():
+        if options[name] != value:
+            raise InputError(
+                f"data.{name}: must be {str(value).lower()} for {task}, which learns the judged answers alone, "
+                f"got {str(options[name]).lower()}. Remove it."
+            )
+    if options["kl_pairs"] != "step" and task != "kto":
+        raise InputError(f"data.kl_pairs: is of kto only, got {options['kl_pairs']} with {task}. Remove it.")
+    share = options["share_prompt"]
+    if share is not None and task not in JUDGING:
+        raise InputError(
+            f"data.share_prompt: is of rm, dpo and kto only, got {str(share).lower()} with {task}. Remove it."
+        )
+    if share and options["layout"] == "padded":
+        raise InputError(
+            "data.share_prompt: true needs both responses in one row, got layout: padded. "
+            "Set data.layout: padding_free, or remove one."
+        )
+
+
+def check_task(source: Source, task: Task) -> None:
+    """Refuse a dataset whose rows the task cannot use as they are meant.
+
+    Raises:
+        InputError: Names the dataset, what it holds, what the task wants and what to set.
+    """
+    kinds, (kind, wanted, advice) = kinds_of(source), WANTS[task]
+    if bool(kinds) != bool(kind) or (kind and kind not in kinds):
+        raise InputError(
+            f"{source.name}: holds {_holds(source)}, {task} wants {wanted}. {advice}, or use {_stage_of(source)}."
+        )
+    if kind == "ranking":
+        _check_ranking(source)
+    if task == "pt":
+        _check_texts(source)
+    elif source.formatting == "text":
+        raise InputError(
+            f"{source.name}: holds plain texts (formatting: text), {task} wants {wanted}. "
+            f"Use model.class_path: PT, or formatting alpaca, sharegpt or openai."
+        )
+
+
+def kinds_of(source: Source) -> set[str]:
+    """Which judgements the rows of a dataset hold: `ranking`, `feedback`, both or none."""
+    ranks = source.ranking or "chosen" in source.columns or "rejected" in source.columns
+    return {kind for kind, holds in (("ranking", ranks), ("feedback", "kto_tag" in source.columns)) if holds}
+
+
+def _holds(source: Source) -> str:
+    kinds = kinds_of(source)
+    if "ranking" in kinds:
+        return "ranked answers (ranking)"
+    return "liked and disliked answers (kto_tag)" if kinds else f"unjudged rows (formatting: {source.formatting})"
+
+
+def _stage_of(source: Source) -> str:
+    """The stage that the rows of a dataset are for."""
+    kinds = kinds_of(source)
+    if kinds:
+        return "model.class_path: RM or DPO" if "ranking" in kinds else "model.class_path: KTO"
+    return "model.class_path: PT" if source.formatting == "text" else "model.class_path: SFT"
+
+
+def _check_ranking(source: Source) -> None:
+    missing = [side for side in ("chosen", "rejected") if side not in source.columns]
+    if missing:
+        raise InputError(
+            f"{source.name}: columns must name chosen and rejected where answers are ranked, got "
+            f"{', '.join(source.columns) or 'none'}. Add columns: {{{missing[0]}: <column>}}."
+        )
+    if not source.ranking:
+        raise InputError(f"{source.name}: ranking must be true where columns name chosen and rejected. Set it.")
+
+
+def _check_texts(source: Source) -> None:
+    if source.formatting in ("sharegpt", "openai"):
+        raise InputError(
+            f"{source.name}: holds conversations (formatting: {source.formatting}), pt wants plain texts. "
+            f"Use model.class_path: SFT, or formatting text with columns: {{text: <column>}}."
+        )
+    if source.formatting == "alpaca" and "response" in (source.columns or ALPACA_COLUMNS):
+        raise InputError(
+            f"{source.name}: holds questions with answers, pt wants plain texts. "
+            f"Use model.class_path: SFT, or name the text column alone: columns: {{prompt: <column>}}."
         )
 
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy
+from numpy.typing import NDArray
 
 from lf_lightning.console import say
-from lf_lightning.data.checks import check_options, check_same_order, given_backbone
-from lf_lightning.data.collate import prompt_batch, token_batch
+from lf_lightning.data.batches import Batches, Reference, settled_layout, settled_sharing
+from lf_lightning.data.checks import JUDGING, check_options, check_same_order, given_backbone
 from lf_lightning.data.encode import EncodeOptions
-from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan, micro_batch_rule, plan_lines
+from lf_lightning.data.layout import micro_batch_rules, plan_lines
 from lf_lightning.data.loader import EvalLoader, StepLoader
-from lf_lightning.data.prompts import Prompt, prompt_rows
-from lf_lightning.data.sets import EncodedSets, Names, Split
-from lf_lightning.data.sources import resolve_sources
-from lf_lightning.data.store import TokenStore, build_store
-from lf_lightning.data.templates import Template, load_template, stop_token_ids
-from lf_lightning.data.tokenizer import fit_tokenizer, load_tokenizer
+from lf_lightning.data.prompts import Prompt
+from lf_lightning.data.reader import Names, Reader
+from lf_lightning.data.sets import EncodedSets, Split
+from lf_lightning.data.templates import Template, stop_token_ids
 from lf_lightning.lightning_private import global_seed
 from lf_lightning.types import BackboneSpec, InputError, Isolation, Layout, PromptBatch, StepBatch, Task, Unit
 
@@ -46,10 +45,11 @@ class DataModule(LightningDataModule):
     Args:
         backbone: Whose tokenizer encodes. On the command line this is the stage's own backbone.
         task: How rows are encoded. On the command line the stage decides.
-        datasets: What trains: names in dataset_info.json, or inline sources such as {path: my.json}.
+        datasets: What trains: names in dataset_info.json, or inline sources such as {path: my.json} or
+            {records: [{instruction: ..., output: ...}]}.
         eval_datasets: What validates, instead of a share of the training rows.
         test_datasets: What `test` measures.
-        predict_datasets: What `predict` answers; empty means the validation rows.
+        predict_datasets: What `predict` answers, or scores with rm; empty means the validation rows.
         dataset_dir: Folder of dataset_info.json and of the files it names.
         template: `auto` for the tokenizer's own chat template, or the name of one: default, empty, chatml, qwen,
             llama3, alpaca.
@@ -68,6 +68,9 @@ class DataModule(LightningDataModule):
             `knapsack`: whole documents packed up to max_length tokens.
         isolate_documents: Whether documents of a pack are hidden from each other; empty means yes for knapsack, no for
             blocks.
+        share_prompt: rm, dpo, kto: run the prompt once for both responses; empty means where layout and model allow.
+        kl_pairs: kto: whose response stands against a prompt in the estimate of the KL. `step`: that of the next unit
+            of the optimizer step, for the last unit the first's; `dataset`: that of the row before, always the same.
         shuffle: Visit the rows in a new order each epoch; false keeps the order of the files.
         seed: Seed of order and split; empty means the value of seed_everything.
         mask_history: Learn only the last answer of a conversation.
@@ -79,7 +82,12 @@ class DataModule(LightningDataModule):
         num_workers: Processes that encode; empty means this one.
     """
 
-    _tokenizer: PreTrainedTokenizerBase | None = None
+    arguments: dict[str, Any]
+    """The options as they were given, without the two that the stage decides."""
+    stored_reference: dict[tuple[Split, int], NDArray[np.float64]]
+    """`reference_key` -> reference log-probs by document, which the batches then carry: (D, 2, 2) of pairs, chosen and
+    rejected x whole and front; (D, 2) of feedback, response and partner's."""
+    _layout: Layout
     _train_loader: StepLoader | None = None
     _cursor: dict[str, Any] | None = None
 
@@ -105,6 +113,8 @@ class DataModule(LightningDataModule):
         layout: Literal["auto", "padded", "padding_free"] = "auto",
         packing: Literal["none", "blocks", "knapsack"] = "none",
         isolate_documents: bool | None = None,
+        share_prompt: bool | None = None,
+        kl_pairs: Literal["step", "dataset"] = "step",
         shuffle: bool = True,
         seed: int | None = None,
         mask_history: bool = False,
@@ -116,36 +126,29 @@ class DataModule(LightningDataModule):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
         super().__init__()
-        check_options(**arguments)
-        self.arguments = arguments
-        """The options as they were given, without the two that the stage decides."""
+        check_options(task, **arguments)
+        self.arguments, self.stored_reference = arguments, {}
         self.backbone, self.task, self.global_batch_size = given_backbone(backbone), task, global_batch_size
         self.names: dict[Split, Names] = {split: arguments[option] for split, option in SETS.items()}
-        self.rule = micro_batch_rule(micro_batch_size, micro_batch_tokens) or MicroBatchRule(None, 8192)
-        self.eval_rule = micro_batch_rule(eval_micro_batch_size, eval_micro_batch_tokens) or self.rule
+        self.rule, self.eval_rule = micro_batch_rules(arguments)
         self.isolate_documents = packing == "knapsack" if isolate_documents is None else isolate_documents
         self.seed = global_seed() if seed is None else seed
         self.options = EncodeOptions(task, max_length, packing, train_on_prompt, mask_history, history)
-        self.sets = EncodedSets(self._build, self.names, val_size=val_size, seed=self.seed)
-        self._layout: Layout | None = None if layout == "auto" else layout
+        self.reader = Reader(self.backbone, self.options, arguments)
+        self.sets = EncodedSets(self.reader, self.names, val_size=val_size, seed=self.seed)
+        self._layout, self._share_prompt = "padded" if layout == "auto" else layout, bool(share_prompt)
 
     # ------------------------------------------------------------------ what stages and callbacks ask
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with the template that the data is rendered with."""
-        if self._tokenizer is None:
-            tokenizer = load_tokenizer(self.backbone)
-            self._template = load_template(self.arguments["template"], tokenizer, self.task)
-            fit_tokenizer(tokenizer, self._template)
-            self._tokenizer = tokenizer
-        return self._tokenizer
+        return self.reader.tokenizer
 
     @property
     def template(self) -> Template:
         """The chat template."""
-        assert self.tokenizer is not None  # reading it loads both
-        return self._template
+        return self.reader.template
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -155,7 +158,17 @@ class DataModule(LightningDataModule):
     @property
     def layout(self) -> Layout:
         """How micro-batches lie in memory: as asked for, or as the stage's probe decided."""
-        return self._layout or "padded"
+        return self._layout
+
+    @property
+    def share_prompt(self) -> bool:
+        """Whether two responses run over their prompt once: as asked for, or as the stage's probe decided."""
+        return self._share_prompt and self._layout == "padding_free"
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a sequence or of a pack."""
+        return self.options.max_length
 
     def resolve_layout(self, verdict: Isolation) -> Layout:
         """Take the verdict of the stage's probe on the layouts in which the model keeps documents of a row apart.
@@ -163,30 +176,19 @@ class DataModule(LightningDataModule):
         Raises:
             InputError: The configuration needs what the model cannot do.
         """
-        if self.arguments["layout"] == "padding_free" and not verdict.padding_free:
-            raise InputError(
-                "data.layout: padding_free needs a model whose documents do not see each other, "
-                "got one that failed the probe. Set data.layout: padded."
-            )
-        if self.arguments["layout"] == "auto":
-            self._layout = "padding_free" if verdict.padding_free else "padded"
         isolates = self.options.packing != "none" and self.isolate_documents
-        if isolates and self.layout == "padded" and not verdict.padded:
-            raise InputError(
-                "data.isolate_documents: needs a model whose documents do not see each other in one row, "
-                "got one that failed the probe in the padded layout. Set it to false, or data.packing: none."
-            )
-        return self.layout
+        self._layout = settled_layout(self.arguments["layout"], verdict, packs_isolated=isolates)
+        if self.task in JUDGING:
+            self._share_prompt = settled_sharing(self.arguments["share_prompt"], verdict, self._layout)
+        return self._layout
 
     # ------------------------------------------------------------------ Lightning's hooks
 
     def prepare_data(self) -> None:
         """Encode what the run needs and is not in the cache yet, on one process of each node."""
         verb = self.trainer.state.fn if self.trainer is not None else None
-        for split in WANTED.get(verb or "fit", ()) if self.arguments["cache_dir"] else ():
-            names = self.names[split] or (self.names["train"] if split == "val" and self.arguments["val_size"] else ())
-            if names:
-                self._build(names)
+        for split in self._wanted(verb or "fit") if self.arguments["cache_dir"] else ():
+            self.sets.encode(split)
 
     def setup(self, stage: str) -> None:
         """Open the encoded sets and say what was kept, cut and dropped.
@@ -194,7 +196,7 @@ class DataModule(LightningDataModule):
         Raises:
             InputError: There is nothing to do the stage with.
         """
-        splits = WANTED.get(stage, ())
+        splits = self._wanted(stage)
         for split in splits[:1]:
             if split not in self.sets:
                 raise InputError(f"data.{SETS[split]}: must name at least one dataset, got none. Name one.")
@@ -203,20 +205,25 @@ class DataModule(LightningDataModule):
                 for line in self.sets.lines(split):
                     say(line)
 
+    def _wanted(self, verb: str) -> tuple[Split, ...]:
+        """The sets that are encoded for what the trainer does; the first must exist."""
+        scores = verb == "predict" and self.task == "rm"
+        return (self.sets.predicted,) if scores else WANTED.get(verb, ())
+
     def train_dataloader(self) -> StepLoader:
         """The optimizer steps of this rank."""
-        lengths = [unit.num_tokens for unit in self.units("train")]
-        for line in plan_lines(lengths, self.global_batch_size, self.rule):
+        costs = self._batches.costs(self.units("train"), self.sets["train"].store)
+        for line in plan_lines(costs, self.global_batch_size, self.rule):
             say(line)
         self._train_loader = StepLoader(
             units_of_epoch=partial(self.units, "train"),
-            num_units=len(lengths),
+            num_units=len(costs),
             global_batch_size=self.global_batch_size,
             arrange=self._arrange,
         )
         cursor, self._cursor = self._cursor, None
         if cursor is not None:
-            check_same_order(cursor["order"], self._order(len(lengths)))
+            check_same_order(cursor["order"], self._order(len(costs)))
             self._train_loader.load_state_dict(cursor)
         return self._train_loader
 
@@ -240,14 +247,16 @@ class DataModule(LightningDataModule):
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
         """The validation set in micro-batches; nothing where there is none."""
-        return EvalLoader(partial(self._eval_batches, "val")) if "val" in self.sets else []
+        return EvalLoader(partial(self._one_by_one, "val")) if "val" in self.sets else []
 
     def test_dataloader(self) -> EvalLoader:
         """The test set in micro-batches."""
-        return EvalLoader(partial(self._eval_batches, "test"))
+        return EvalLoader(partial(self._one_by_one, "test"))
 
     def predict_dataloader(self) -> EvalLoader:
-        """The prompts to answer, in batches of this rank."""
+        """The prompts to answer, in batches of this rank; with rm the pairs to score, in micro-batches."""
+        if self.task == "rm":
+            return EvalLoader(partial(self._one_by_one, self.sets.predicted))
         return self.prompt_loader("predict", batch_size=self.predict_batch_size)
 
     predict_batch_size = 8  # prompts of a batch; the stage sets it from its generation spec
@@ -255,14 +264,32 @@ class DataModule(LightningDataModule):
     # ------------------------------------------------------------------ doors for notebooks and callbacks
 
     def units(self, split: Split, epoch: int = 0) -> list[Unit]:
-        """The units of an epoch in their order: a function of (data, seed, epoch) alone."""
-        return self.sets[split].units(
+        """The units of an epoch in their order, with kto each beside its partner: a function of (data, seed, epoch)."""
+        chosen, trains = self.sets[split], split == "train"
+        units = chosen.units(
             packing=self.options.packing,
-            max_length=self.options.max_length,
+            max_length=self.max_length,
             seed=self.seed,
             epoch=epoch,
-            shuffle=self.arguments["shuffle"] and split == "train",
+            shuffle=self.arguments["shuffle"] and trains,
         )
+        if self.task != "kto":
+            return units
+        step_size = self.global_batch_size if trains else None
+        return chosen.paired(units, kl_pairs=self.arguments["kl_pairs"], step_size=step_size)
+
+    def reference_key(self, split: Split, epoch: int = 0) -> tuple[Split, int]:
+        """Where `stored_reference` keeps what an epoch needs: the epoch counts only where it changes the partners."""
+        changes = self.task == "kto" and split == "train" and self.arguments["kl_pairs"] == "step"
+        return split, epoch if changes else 0
+
+    def reference_batches(self, split: Split, epoch: int = 0) -> EvalLoader:
+        """All units of an epoch on this rank, one micro-batch a StepBatch, without stored reference log-probs."""
+        return EvalLoader(partial(self._one_by_one, split, epoch, stored=False))
+
+    def num_desirable(self, split: Split) -> tuple[int, int]:
+        """Rows of a set of kto that were liked, and rows that were not."""
+        return self.sets[split].num_desirable()
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The prompts of a set with the answers that the data gives; validation rows of a split training set too.
@@ -270,80 +297,33 @@ class DataModule(LightningDataModule):
         Raises:
             InputError: There is no such set.
         """
-        if split == "predict" and not self.names["predict"]:
-            split = "val"
-        if split == "val" and not self.names["val"] and "val" in self.sets:
-            chosen = self.sets["val"].row_keys()
-            everything = self._read_prompts(self.names["train"])
-            return [prompt for prompt in everything if (prompt.source, prompt.row) in chosen]
-        if not self.names[split]:
-            raise InputError("data.predict_datasets: must name prompts to answer, got none. Name at least one dataset.")
-        return self._read_prompts(self.names[split])
+        return self.sets.prompts(split)
 
     def prompt_loader(self, split: Split, *, batch_size: int) -> EvalLoader:
         """The prompts of a set in batches of this rank; the same number of batches on every rank."""
         return EvalLoader(partial(self._prompt_batches, split, batch_size))
 
     @property
-    def _rank_and_size(self) -> tuple[int, int]:
-        """This process among the data-parallel ones: the strategy knows, also where ranks share a model."""
+    def _batches(self) -> Batches:
+        """How units become batches now: the strategy knows this process, also where ranks share a model."""
         strategy = self.trainer.strategy if self.trainer is not None else None
-        if not isinstance(strategy, ParallelStrategy):
-            return 0, 1
-        place = strategy.distributed_sampler_kwargs
-        return int(place["rank"]), int(place["num_replicas"])
-
-    def _build(self, names: Names) -> TokenStore:
-        given = self.arguments
-        return build_store(
-            resolve_sources(list(names), self.arguments["dataset_dir"]),
-            self.options,
-            self.tokenizer,
-            self.template,
-            cache_dir=Path(given["cache_dir"]).expanduser() if given["cache_dir"] else None,
-            num_workers=given["num_workers"],
-            max_samples=given["max_samples"],
-            invalid_rows=given["invalid_rows"],
+        place = strategy.distributed_sampler_kwargs if isinstance(strategy, ParallelStrategy) else {}
+        rank, num_ranks = int(place.get("rank", 0)), int(place.get("num_replicas", 1))
+        return Batches(
+            self.task, self.layout, self.share_prompt, self.isolate_documents, self.max_length, rank, num_ranks
         )
 
-    def _read_prompts(self, names: Names) -> list[Prompt]:
-        return prompt_rows(
-            resolve_sources(list(names), self.arguments["dataset_dir"]),
-            self.tokenizer,
-            self.template,
-            task=self.task,
-            max_samples=self.arguments["max_samples"],
-            invalid_rows=self.arguments["invalid_rows"],
-        )
+    def _arrange(self, units: Sequence[Unit], epoch: int) -> StepBatch:
+        store, reference = self.sets["train"].store, self._stored("train", epoch)
+        return self._batches.step(units, store, self.rule, reference)
 
-    def _arrange(self, units: Sequence[Unit]) -> StepBatch:
-        rank, num_ranks = self._rank_and_size
-        plan = micro_batch_plan(
-            [unit.num_tokens for unit in units], num_ranks=num_ranks, rule=self.rule, layout=self.layout
-        )
-        return StepBatch(tuple(self._collate("train", units, positions) for positions in plan[rank]))
+    def _one_by_one(self, split: Split, epoch: int = 0, *, stored: bool = True) -> list[partial[StepBatch]]:
+        reference = self._stored(split, epoch) if stored else None
+        return self._batches.one_by_one(self.units(split, epoch), self.sets[split].store, self.eval_rule, reference)
 
-    def _collate(self, split: Split, units: Sequence[Unit], positions: Sequence[int]) -> Any:
-        chosen = [units[position] for position in positions]
-        return token_batch(chosen, self.sets[split].store, layout=self.layout, isolate=self.isolate_documents)
-
-    def _eval_batches(self, split: Split) -> list[partial[StepBatch]]:
-        units = self.units(split)
-        rank, num_ranks = self._rank_and_size
-        lengths = [unit.num_tokens for unit in units]
-        plan = micro_batch_plan(lengths, num_ranks=num_ranks, rule=self.eval_rule, layout=self.layout)
-        return [partial(self._eval_batch, split, units, positions) for positions in plan[rank]]
-
-    def _eval_batch(self, split: Split, units: Sequence[Unit], positions: Sequence[int]) -> StepBatch:
-        return StepBatch((self._collate(split, units, positions),))
+    def _stored(self, split: Split, epoch: int) -> Reference:
+        return self.stored_reference.get(self.reference_key(split, epoch))
 
     def _prompt_batches(self, split: Split, batch_size: int) -> list[partial[PromptBatch]]:
-        prompts = self.prompts(split)
-        rank, num_ranks = self._rank_and_size
-        longest_first = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].ids), row))
-        batches: list[partial[PromptBatch]] = []
-        for start in range(0, len(prompts), batch_size * num_ranks):
-            rows = longest_first[start : start + batch_size * num_ranks][rank::num_ranks]
-            chosen = [prompts[row] for row in rows] or [prompts[0]]
-            batches.append(partial(prompt_batch, chosen, rows or [-1], pad_id=int(self.tokenizer.pad_token_id)))
-        return batches
+        pad_id = int(self.tokenizer.pad_token_id)
+        return self._batches.prompts(self.prompts(split), batch_size=batch_size, pad_id=pad_id)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from lf_lightning.data.formats import RowError, conversation_of, require_answer, text_of
@@ -24,7 +25,8 @@ class EncodeOptions:
     """What decides ids and labels, beside the rows, the template and the tokenizer.
 
     Args:
-        task: `pt` learns every token of a text, `sft` the answers of a conversation.
+        task: `pt` learns every token of a text, `sft` the answers of a conversation, `rm` and `dpo` the two answers
+            of a pair, `kto` the answer that is judged.
         max_length: Most tokens of an example, > 0. Texts of pt are cut only where nothing is packed.
         packing: How units are made later.
         train_on_prompt: Learn the prompts too.
@@ -46,6 +48,7 @@ class Encoded(NamedTuple):
     input_ids: list[int]
     labels: list[int]  # not shifted: the id where the token is learned, else IGNORE
     num_cut: int  # tokens that did not fit into max_length
+    facts: Mapping[str, float] = MappingProxyType({})  # what else the store keeps of it: `encode_judgements.FACTS`
 
 
 class EncodedRow(NamedTuple):
@@ -100,7 +103,7 @@ def encode_rows(
     *,
     first_row: int = 1,
 ) -> list[EncodedRow | RowProblem]:
-    """Ids and labels of a batch of rows, or why a row has none; all texts go through one call of the tokenizer.
+    """Ids and labels of a batch of rows of pt or sft, or why a row has none, in one call of the tokenizer.
 
     Args:
         rows: Rows as the file has them.
@@ -137,10 +140,10 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id in added[:1] else []
 
 
-def _parsed(
+def parsed_rows(
     rows: Sequence[dict[str, Any]], first_row: int, parse: Callable[[dict[str, Any]], Parsed]
 ) -> dict[int, Parsed | RowProblem]:
-    """What `parse` makes of each row, by row number."""
+    """What `parse` makes of each row, or why it cannot use it, by row number."""
     parsed: dict[int, Parsed | RowProblem] = {}
     for number, row in enumerate(rows, start=first_row):
         try:
@@ -159,7 +162,7 @@ def _encode_texts(
     *,
     first_row: int,
 ) -> list[EncodedRow | RowProblem]:
-    texts = _parsed(rows, first_row, lambda row: text_of(row, source) + template.end_of_text)
+    texts = parsed_rows(rows, first_row, lambda row: text_of(row, source) + template.end_of_text)
     ids = token_ids((text for text in texts.values() if isinstance(text, str)), tokenizer)
     bos = bos_ids(tokenizer)
     limit = options.max_length if options.packing == "none" else None
@@ -206,7 +209,7 @@ def _encode_conversations(
             join_turns=join_turns,
         )
 
-    rendered = _parsed(rows, first_row, parse)
+    rendered = parsed_rows(rows, first_row, parse)
     whole = {number: _whole_prompt(each, template) for number, each in rendered.items() if isinstance(each, Rendered)}
     ids = token_ids(_texts(rendered.values(), whole.values()), tokenizer)
     differing = [number for number, text in whole.items() if text and _differs(rendered[number], text, ids)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from lf_lightning.types import Conversation, InputError, Message, Role, Source, Task
+from lf_lightning.types import Conversation, Message, Role, Source
 
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 SHAREGPT_COLUMNS = {"messages": "conversations"}
@@ -28,6 +29,8 @@ OPENAI_TAGS = {
     "observation_tag": "tool",
     "system_tag": "system",
 }
+DEFAULT_COLUMNS = {"alpaca": ALPACA_COLUMNS, "sharegpt": SHAREGPT_COLUMNS, "openai": OPENAI_COLUMNS}
+DEFAULT_TAGS = {"sharegpt": SHAREGPT_TAGS, "openai": OPENAI_TAGS}
 ROLE_TAGS: dict[str, Role] = {
     "user_tag": "user",
     "assistant_tag": "assistant",
@@ -73,37 +76,11 @@ def text_of(row: dict[str, Any], source: Source) -> str:
         RowError: The column is missing, not a string, or empty.
     """
     column = _text_column(source)
-    text = _text(row, column)
+    text = column_text(row, column)
     if not text:
-        got = "got ''" if text == "" else f"got none; the row has {_names(row)}"
+        got = "got ''" if text == "" else f"got none; the row has {columns_shown(row)}"
         raise RowError(f"column {column!r} must be a non-empty string, {got}")
     return text
-
-
-def check_task(source: Source, task: Task) -> None:
-    """Refuse a dataset whose rows the task cannot use as they are meant.
-
-    Raises:
-        InputError: Preference or feedback rows in sft or pt, plain texts in sft, questions with answers in pt.
-    """
-    if source.ranking or "chosen" in source.columns or "kto_tag" in source.columns:
-        kind = "liked and disliked answers (kto_tag)" if "kto_tag" in source.columns else "ranked answers (ranking)"
-        raise InputError(f"{source.name}: holds {kind}, which {task} cannot learn from. Choose another dataset.")
-    if task == "sft" and source.formatting == "text":
-        raise InputError(
-            f"{source.name}: holds plain texts (formatting: text), sft wants conversations. "
-            f"Use model.class_path: PT, or formatting alpaca, sharegpt or openai."
-        )
-    if task == "pt" and source.formatting in ("sharegpt", "openai"):
-        raise InputError(
-            f"{source.name}: holds conversations (formatting: {source.formatting}), pt wants plain texts. "
-            f"Use model.class_path: SFT, or formatting text with columns: {{text: <column>}}."
-        )
-    if task == "pt" and source.formatting == "alpaca" and "response" in (source.columns or ALPACA_COLUMNS):
-        raise InputError(
-            f"{source.name}: holds questions with answers, pt wants plain texts. "
-            f"Use model.class_path: SFT, or name the text column alone: columns: {{prompt: <column>}}."
-        )
 
 
 def _text_column(source: Source) -> str:
@@ -112,36 +89,42 @@ def _text_column(source: Source) -> str:
     return (source.columns or ALPACA_COLUMNS).get("prompt", "instruction")
 
 
-def _names(row: dict[str, Any]) -> str:
+def columns_shown(row: dict[str, Any]) -> str:
+    """The columns of a row, as a message names them."""
     shown = ", ".join(repr(name) for name in list(row)[:8])
     return f"the columns {shown}" if shown else "no columns"
 
 
-def _text(row: dict[str, Any], column: str | None) -> str | None:
-    """The string in a column, None where the column is absent."""
+def column_text(row: dict[str, Any], column: str | None) -> str | None:
+    """The string in a column, None where the column is absent.
+
+    Raises:
+        RowError: The column holds something else.
+    """
     value = None if column is None else row.get(column)
     if value is not None and not isinstance(value, str):
-        raise RowError(f"column {column!r} must be a string, got {_short(value)}")
+        raise RowError(f"column {column!r} must be a string, got {shortened(value)}")
     return value
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as a message shows it, in 60 characters at most."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _alpaca(row: dict[str, Any], source: Source) -> Conversation:
     columns = source.columns or ALPACA_COLUMNS
-    messages = _system(_text(row, columns.get("system")))
+    messages = _system(column_text(row, columns.get("system")))
     for user, assistant in _history(row, columns.get("history")):
         messages += [Message("user", user), Message("assistant", assistant)]
-    asked = [_text(row, columns.get("prompt")), _text(row, columns.get("query"))]
+    asked = [column_text(row, columns.get("prompt")), column_text(row, columns.get("query"))]
     parts = [text for text in asked if text]
     if not parts:
         column = columns.get("prompt", "instruction")
-        raise RowError(f"column {column!r} must be a non-empty string; the row has {_names(row)}")
+        raise RowError(f"column {column!r} must be a non-empty string; the row has {columns_shown(row)}")
     messages.append(Message("user", "\n".join(parts)))
-    answer = _text(row, columns.get("response"))
+    answer = column_text(row, columns.get("response"))
     if answer is not None:
         messages.append(Message("assistant", answer))
     return Conversation(tuple(messages), _tools(row, columns.get("tools")))
@@ -156,10 +139,12 @@ def _history(row: dict[str, Any], column: str | None) -> list[tuple[str, str]]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise RowError(f"column {column!r} must be a list of [question, answer] pairs, got {_short(value)}")
+        raise RowError(f"column {column!r} must be a list of [question, answer] pairs, got {shortened(value)}")
     for number, pair in enumerate(value, start=1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise RowError(f"column {column!r}, item {number}: must be a [question, answer] pair, got {_short(pair)}")
+            raise RowError(
+                f"column {column!r}, item {number}: must be a [question, answer] pair, got {shortened(pair)}"
+            )
     return [(user, assistant) for user, assistant in value]
 
 
@@ -171,7 +156,7 @@ def _tools(row: dict[str, Any], column: str | None) -> tuple[dict[str, Any], ...
         return ()
     tools = [value] if isinstance(value, dict) else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(f"column {column!r} must be a list of objects, one for each tool, got {_short(value)}")
+        raise RowError(f"column {column!r} must be a list of objects, one for each tool, got {shortened(value)}")
     return tuple(tools)
 
 
@@ -179,7 +164,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise RowError(f"{where}: broken JSON at character {error.pos + 1}: {error.msg}: {_short(text)}") from error
+        raise RowError(f"{where}: broken JSON at character {error.pos + 1}: {error.msg}: {shortened(text)}") from error
 
 
 def _turns(
@@ -188,12 +173,12 @@ def _turns(
     """The parsed turns of a row, the system text first; a system turn of the row replaces that of the column."""
     value = None if column is None else row.get(column)
     if not isinstance(value, list) or not value:
-        got = f"the row has {_names(row)}" if value is None else f"got {_short(value)}"
+        got = f"the row has {columns_shown(row)}" if value is None else f"got {shortened(value)}"
         raise RowError(f"column {column!r} must be a list of turns; {got}")
     messages = []
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, dict):
-            raise RowError(f"turn {number} must be an object, got {_short(turn)}")
+            raise RowError(f"turn {number} must be an object, got {shortened(turn)}")
         try:
             messages.append(parse(turn))
         except RowError as error:
@@ -228,7 +213,7 @@ def _role_tag(turn: dict[str, Any], tags: dict[str, str]) -> str:
     roles, key = _roles(tags), tags.get("role_tag", "")
     role = turn.get(key)
     if not isinstance(role, str) or role not in roles:
-        raise RowError(f"{key!r} must be one of {', '.join(repr(known) for known in roles)}, got {_short(role)}")
+        raise RowError(f"{key!r} must be one of {', '.join(repr(known) for known in roles)}, got {shortened(role)}")
     return roles[role]
 
 
@@ -238,37 +223,32 @@ def _content(turn: dict[str, Any], key: str) -> str:
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         value = "".join(str(part.get("text", "")) for part in value)
     if not isinstance(value, str):
-        raise RowError(f"{key!r} must be a string, got {_short(value)}")
+        raise RowError(f"{key!r} must be a string, got {shortened(value)}")
     return value
 
 
-def _sharegpt(row: dict[str, Any], source: Source) -> Conversation:
-    columns, tags = source.columns or SHAREGPT_COLUMNS, source.tags or SHAREGPT_TAGS
+def message_of(turn: dict[str, Any], source: Source) -> Message:
+    """One turn of a sharegpt or openai row.
 
-    def parse(turn: dict[str, Any]) -> Message:
-        tag = _role_tag(turn, tags)
-        content = _content(turn, tags.get("content_tag", ""))
+    Raises:
+        RowError: Its role is unknown, or its content is no text and no call.
+    """
+    tags = source.tags or DEFAULT_TAGS[source.formatting]
+    tag, key = _role_tag(turn, tags), tags.get("content_tag", "")
+    calls = turn.get("tool_calls") if source.formatting == "openai" else None
+    if ROLE_TAGS[tag] != "assistant" or not calls:
+        content = _content(turn, key)
         return _function_call(content) if tag == "function_tag" else Message(ROLE_TAGS[tag], content)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RowError(f"'tool_calls' must be a list of objects, got {shortened(calls)}")
+    content = "" if turn.get(key) is None else _content(turn, key)
+    return Message("assistant", content, _calls([call.get("function", call) for call in calls]))
 
-    messages = _turns(row, columns.get("messages"), _text(row, columns.get("system")), parse)
-    return Conversation(tuple(messages), _tools(row, columns.get("tools")))
 
-
-def _openai(row: dict[str, Any], source: Source) -> Conversation:
-    columns, tags = source.columns or OPENAI_COLUMNS, source.tags or OPENAI_TAGS
-    key = tags.get("content_tag", "")
-
-    def parse(turn: dict[str, Any]) -> Message:
-        tag = _role_tag(turn, tags)
-        calls = turn.get("tool_calls")
-        if ROLE_TAGS[tag] != "assistant" or not calls:
-            return Message(ROLE_TAGS[tag], _content(turn, key))
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise RowError(f"'tool_calls' must be a list of objects, got {_short(calls)}")
-        content = "" if turn.get(key) is None else _content(turn, key)
-        return Message("assistant", content, _calls([call.get("function", call) for call in calls]))
-
-    messages = _turns(row, columns.get("messages"), _text(row, columns.get("system")), parse)
+def _conversation(row: dict[str, Any], source: Source) -> Conversation:
+    columns = source.columns or DEFAULT_COLUMNS[source.formatting]
+    system = column_text(row, columns.get("system"))
+    messages = _turns(row, columns.get("messages"), system, partial(message_of, source=source))
     return Conversation(tuple(messages), _tools(row, columns.get("tools")))
 
 
@@ -289,12 +269,12 @@ def _calls(calls: list[Any]) -> tuple[dict[str, Any], ...]:
     parsed = []
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise RowError(f"a function call must have a name and arguments, got {_short(call)}")
+            raise RowError(f"a function call must have a name and arguments, got {shortened(call)}")
         arguments = call.get("arguments") or {}
         if isinstance(arguments, str):
             arguments = _json(arguments, f"arguments of {call['name']}")
         if not isinstance(arguments, dict):
-            raise RowError(f"the arguments of {call['name']} must be an object, got {_short(arguments)}")
+            raise RowError(f"the arguments of {call['name']} must be an object, got {shortened(arguments)}")
         parsed.append({"name": call["name"], "arguments": arguments})
     if not parsed:
         raise RowError("a function call must have a name and arguments, got none")
@@ -307,7 +287,7 @@ def _no_conversation(row: dict[str, Any], source: Source) -> Conversation:
 
 FORMATS: dict[str, Callable[[dict[str, Any], Source], Conversation]] = {
     "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "openai": _openai,
+    "sharegpt": _conversation,
+    "openai": _conversation,
     "text": _no_conversation,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lf_lightning.types import Layout
 
@@ -19,9 +19,13 @@ class MicroBatchRule(NamedTuple):
     tokens: int | None  # tokens including padding, > 0; None where `size` decides
 
 
-def micro_batch_rule(size: int | None, tokens: int | None) -> MicroBatchRule | None:
-    """The rule that the options say, None where they leave it open."""
-    return None if size is None and tokens is None else MicroBatchRule(size, tokens)
+def micro_batch_rules(options: dict[str, Any]) -> tuple[MicroBatchRule, MicroBatchRule]:
+    """The rules of training and evaluation that the data's options say: 8192 tokens unless given, evaluation alike."""
+    rules = [
+        MicroBatchRule(options[f"{of}micro_batch_size"], options[f"{of}micro_batch_tokens"]) for of in ("", "eval_")
+    ]
+    train = rules[0] if any(rules[0]) else MicroBatchRule(None, 8192)
+    return train, rules[1] if any(rules[1]) else train
 
 
 def plan_lines(lengths: Sequence[int], global_batch_size: int, rule: MicroBatchRule) -> list[str]:

@@ -19,7 +19,7 @@ class StepLoader:
         units_of_epoch: Gives the units of an epoch in their order; every epoch has the same number.
         num_units: That number.
         global_batch_size: Units of an optimizer step over all devices.
-        arrange: Makes this rank's StepBatch from the units of a step.
+        arrange: Makes this rank's StepBatch from the units of a step and the number of its epoch.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class StepLoader:
         units_of_epoch: Callable[[int], Sequence[Unit]],
         num_units: int,
         global_batch_size: int,
-        arrange: Callable[[Sequence[Unit]], StepBatch],
+        arrange: Callable[[Sequence[Unit], int], StepBatch],
     ) -> None:
         self._units_of_epoch = units_of_epoch
         self.num_units = num_units
@@ -58,7 +58,7 @@ class StepLoader:
         while self._consumed_units < self.num_units:
             start = self._consumed_units
             self._consumed_units = min(start + self._global_batch_size, self.num_units)
-            yield self._arrange(units[start : self._consumed_units])
+            yield self._arrange(units[start : self._consumed_units], self._epoch)
         self._consumed_units = 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lf_lightning.console import say
+from lf_lightning.data.checks import JUDGING, check_task, kinds_of
 from lf_lightning.data.encode import bos_ids, token_ids
-from lf_lightning.data.formats import RowError, check_task, conversation_of, text_of
+from lf_lightning.data.formats import RowError, conversation_of, text_of
+from lf_lightning.data.judgements import feedback_of, ranked_of
 from lf_lightning.data.sources import load_rows
 from lf_lightning.data.store import InvalidRows, row_error
 from lf_lightning.data.templates import Template, prompt_segments
@@ -43,7 +45,8 @@ def prompt_rows(
         sources: The datasets; rows may lack an answer.
         tokenizer: The tokenizer, fitted to the template.
         template: The template.
-        task: With `pt` the text of a row is the prompt, and there is no reference.
+        task: With `pt` the text of a row is the prompt, and there is no reference; with `rm`, `dpo` and `kto` a row may
+            hold judged answers (the reference is the chosen or the judged one) or a conversation as in sft.
         max_samples: Use only the first rows of each dataset, this many.
         invalid_rows: `stop` at the first row that cannot be used, or `skip` such rows and report how many.
 
@@ -52,7 +55,7 @@ def prompt_rows(
     """
     prompts: list[Prompt] = []
     for source in sources:
-        check_task(source, task)
+        check_task(source, "sft" if task in JUDGING and not kinds_of(source) else task)
         rows = load_rows(source, max_samples)
         prompts += _source_prompts(source, rows, tokenizer, template, task=task, invalid_rows=invalid_rows)
     return prompts
@@ -74,7 +77,7 @@ def _source_prompts(
             if task == "pt":
                 parsed[number] = (Segment(text_of(row, source), False),), ""
             else:
-                conversation = conversation_of(row, source)
+                conversation = _conversation(row, source, task)
                 parsed[number] = prompt_segments(conversation, template, tokenizer), _reference(conversation)
         except RowError as error:
             if invalid_rows == "stop":
@@ -94,6 +97,16 @@ def _source_prompts(
         )
         for number, (segments, reference) in parsed.items()
     ]
+
+
+def _conversation(row: dict[str, Any], source: Source, task: Task) -> Conversation:
+    """The conversation of a row, whatever judges it: a pair ends with its chosen answer."""
+    if task not in JUDGING or not kinds_of(source):
+        return conversation_of(row, source)
+    if task == "kto":
+        return feedback_of(row, source).conversation
+    pair = ranked_of(row, source)
+    return Conversation((*pair.prompt.messages, pair.chosen), pair.prompt.tools)
 
 
 def _reference(conversation: Conversation) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lf_lightning.data.order import epoch_order, split_rows
 from lf_lightning.data.packing import block_units, knapsack_units, sequence_units
+from lf_lightning.data.partners import KLPairs, with_partners
+from lf_lightning.data.prompts import Prompt
+from lf_lightning.data.reader import Names, Reader
 from lf_lightning.data.store import TokenStore
 from lf_lightning.types import InputError, Unit
 
 Split = Literal["train", "val", "test", "predict"]
 Packing = Literal["none", "blocks", "knapsack"]
-Names = Sequence[str | dict[str, Any]]
 
 
 class EncodedSet(NamedTuple):
@@ -41,6 +43,22 @@ class EncodedSet(NamedTuple):
             unit_order = epoch_order(len(units), seed=seed + 1, epoch=epoch, shuffle=shuffle)
         return [self._in_store(units[index]) for index in unit_order]
 
+    def paired(self, units: Sequence[Unit], *, kl_pairs: KLPairs, step_size: int | None) -> list[Unit]:
+        """The units of an epoch, each with its partner.
+
+        Args:
+            units: One document each, in the order of the epoch.
+            kl_pairs: How partners are found.
+            step_size: Units of an optimizer step; None where all units are one.
+        """
+        size = step_size or max(1, len(units))
+        return with_partners(units, self.documents.tolist(), kl_pairs=kl_pairs, step_size=size)
+
+    def num_desirable(self) -> tuple[int, int]:
+        """Rows of kto that were liked, and rows that were not."""
+        liked = int(self.store.facts["is_desirable"][self.documents].sum())
+        return liked, len(self.documents) - liked
+
     def _in_store(self, unit: Unit) -> Unit:
         return Unit(tuple(span._replace(document=int(self.documents[span.document])) for span in unit.spans))
 
@@ -49,16 +67,14 @@ class EncodedSets:
     """Opens sets when they are asked for.
 
     Args:
-        build: Encodes datasets, or opens them from the cache.
+        reader: Encodes datasets, or opens them from the cache.
         names: The datasets of each set.
         val_size: Rows of the training data that validate instead: a count (>= 1) or a share (below 1).
         seed: Seed of that choice.
     """
 
-    def __init__(
-        self, build: Callable[[Names], TokenStore], names: dict[Split, Names], *, val_size: float, seed: int
-    ) -> None:
-        self._build, self._names, self._val_size, self._seed = build, names, val_size, seed
+    def __init__(self, reader: Reader, names: dict[Split, Names], *, val_size: float, seed: int) -> None:
+        self._reader, self._names, self._val_size, self._seed = reader, names, val_size, seed
         self._open: dict[Split, EncodedSet] = {}
 
     def __contains__(self, split: Split) -> bool:
@@ -82,8 +98,34 @@ class EncodedSets:
         """What was kept, cut and dropped of each dataset of a set."""
         return [summary.line() for summary in self[split].store.summaries]
 
+    @property
+    def predicted(self) -> Split:
+        """The set that `predict` works on: the validation rows where no other are named."""
+        return "val" if "val" in self and not self._names["predict"] else "predict"
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """The prompts of a set with the answers that the data gives; validation rows of a split training set too.
+
+        Raises:
+            InputError: There is no such set.
+        """
+        split = self.predicted if split == "predict" else split
+        if split == "val" and not self._names["val"] and "val" in self:
+            chosen = self["val"].row_keys()
+            everything = self._reader.prompts(self._names["train"])
+            return [prompt for prompt in everything if (prompt.source, prompt.row) in chosen]
+        if not self._names[split]:
+            raise InputError("data.predict_datasets: must name prompts to answer, got none. Name at least one dataset.")
+        return self._reader.prompts(self._names[split])
+
+    def encode(self, split: Split) -> None:
+        """Leave a set in the cache, where it exists."""
+        names = self._names[split] or (self._names["train"] if split == "val" and self._val_size else ())
+        if names:
+            self._reader.store(names)
+
     def _whole(self, split: Split) -> EncodedSet:
-        store = self._build(self._names[split])
+        store = self._reader.store(self._names[split])
         return EncodedSet(store, np.arange(len(store)))
 
     def _open_train(self) -> None:

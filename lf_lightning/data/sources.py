@@ -29,11 +29,13 @@ COLUMNS = (
     "chosen",
     "rejected",
     "kto_tag",
+    "margin",
 )
 UNSUPPORTED_COLUMNS = ("images", "videos", "audios")
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
 ENTRY_KEYS = ("file_name", "formatting", "columns", "tags", "ranking")
-INLINE_KEYS = ("path", "name", *ENTRY_KEYS)
+INLINE_KEYS = ("path", "name", "records", *ENTRY_KEYS)
+PLACES = ("path", "file_name", "records")
 UNSUPPORTED_KEYS = (
     "hf_hub_url",
     "ms_hub_url",
@@ -59,7 +61,7 @@ def resolve_sources(datasets: list[str | dict[str, Any]], dataset_dir: str) -> l
 
     Args:
         datasets: Each a name in `<dataset_dir>/dataset_info.json`, or an inline entry: the same keys plus `path`
-            (relative to the working folder, else to `dataset_dir`) and `name`.
+            (relative to the working folder, else to `dataset_dir`), or `records` with the rows themselves, and `name`.
         dataset_dir: Folder of dataset_info.json and of its files.
 
     Raises:
@@ -111,22 +113,26 @@ def _named_source(name: str, info: dict[str, Any], folder: Path) -> Source:
 
 def _inline_source(entry: dict[str, Any], where: str, folder: Path) -> Source:
     _check_keys(entry, INLINE_KEYS, where)
-    if ("path" in entry) == ("file_name" in entry):
-        got = "both" if "path" in entry else "neither"
-        raise InputError(f"{where}: give either path or file_name, got {got}. Write {{path: rows.jsonl}}.")
-    if "path" in entry:
-        path = Path(_text_value(entry, "path", where)).expanduser()
-        path = path if path.exists() or not (folder / path).exists() else folder / path
-    else:
-        path = folder / _text_value(entry, "file_name", where)
-    name = _text_value(entry, "name", where) if "name" in entry else path.stem
+    given = [place for place in PLACES if place in entry]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        raise InputError(f"{where}: give one of path, file_name or records, got {got}. Write {{path: rows.jsonl}}.")
+    path = None if given == ["records"] else _inline_path(entry, where, folder)
+    name = _text_value(entry, "name", where) if "name" in entry else path.stem if path else "records"
     return _source(name, path, entry, where)
 
 
-def _source(name: str, path: Path, entry: dict[str, Any], where: str) -> Source:
-    if not path.exists():
+def _inline_path(entry: dict[str, Any], where: str, folder: Path) -> Path:
+    if "path" not in entry:
+        return folder / _text_value(entry, "file_name", where)
+    path = Path(_text_value(entry, "path", where)).expanduser()
+    return path if path.exists() or not (folder / path).exists() else folder / path
+
+
+def _source(name: str, path: Path | None, entry: dict[str, Any], where: str) -> Source:
+    if path is not None and not path.exists():
         raise InputError(f"{where}: {path} does not exist. Correct the path, or put the file there.")
-    formatting = entry.get("formatting", "text" if path.suffix == ".txt" else "alpaca")
+    formatting = entry.get("formatting", "text" if path is not None and path.suffix == ".txt" else "alpaca")
     if formatting not in FORMATTINGS:
         raise InputError(f"{where}: unknown formatting {formatting!r}.{nearest(str(formatting), FORMATTINGS)}")
     ranking = entry.get("ranking", False)
@@ -136,7 +142,14 @@ def _source(name: str, path: Path, entry: dict[str, Any], where: str) -> Source:
     for column in UNSUPPORTED_COLUMNS:
         if column in columns:
             raise InputError(f"{where}: the column {column!r} is not supported yet. Use a dataset of text only.")
-    return Source(name, path, formatting, columns, _mapping(entry, "tags", TAGS, where), ranking)
+    records = () if path is not None else _records(entry["records"], where)
+    return Source(name, path, formatting, columns, _mapping(entry, "tags", TAGS, where), ranking, records)
+
+
+def _records(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise InputError(f"{where}: records must be a list of rows, got {value!r}. Write [{{column: value}}, ...].")
+    return tuple(_object_row(row, f"{where}, records", number) for number, row in enumerate(value, start=1))
 
 
 def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -169,11 +182,13 @@ def _mapping(entry: dict[str, Any], key: str, known: tuple[str, ...], where: str
 
 
 def source_files(source: Source) -> list[Path]:
-    """The files of a source in reading order: the file itself, or all files of the folder by name.
+    """The files of a source in reading order: the file itself, or all files of the folder by name; none of records.
 
     Raises:
         InputError: The folder is empty or mixes types, or the type is not one of json, jsonl, csv, parquet, txt.
     """
+    if source.path is None:
+        return []
     if not source.path.exists():
         raise InputError(f"{source.name}: {source.path} does not exist. Correct the path, or put the file there.")
     files = [source.path]
@@ -203,7 +218,7 @@ def load_rows(source: Source, limit: int | None = None) -> list[dict[str, Any]]:
         InputError: A file is empty, broken or of an unsupported type, or a row is not an object.
     """
     files = source_files(source)
-    rows = chain.from_iterable(_file_rows(path) for path in files)
+    rows = chain.from_iterable(_file_rows(path) for path in files) if files else source.records
     return list(islice(rows, limit))
 
 
@@ -243,7 +258,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _object_row(row: Any, path: Path, number: int) -> dict[str, Any]:
+def _object_row(row: Any, path: Path | str, number: int) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError(f'{path}, row {number}: must be an object, got {_kind(row)}. Write {{"column": value, ...}}.')
     return row

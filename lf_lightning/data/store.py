@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -17,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lf_lightning.data.build import Chunk, Encoder, encoded_chunks
+from lf_lightning.data.checks import check_task
 from lf_lightning.data.encode import EncodeOptions, RowProblem
-from lf_lightning.data.formats import check_task
 from lf_lightning.data.sources import file_digest, source_files
 from lf_lightning.data.templates import Template
 from lf_lightning.types import InputError, Source
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 Scalar = TypeVar("Scalar", bound=np.generic)
 InvalidRows = Literal["stop", "skip"]
 ARRAYS = ("input_ids", "labels", "offsets", "source_index", "row")
+FACT = "fact-"
+"""How the file of a fact begins."""
 NUM_REASONS = 3
 """Distinct reasons for dropped rows that a summary keeps."""
 
@@ -85,6 +88,7 @@ class TokenStore:
         row: Row of each document in its dataset, 1-based; (D,) int64.
         names: Names of the datasets.
         summaries: What became of the rows, one for each dataset.
+        facts: What a task keeps of each document beside its tokens, by name (`encode_judgements.FACTS`); each (D,).
     """
 
     input_ids: NDArray[np.int32]
@@ -94,6 +98,7 @@ class TokenStore:
     row: NDArray[np.int64]
     names: tuple[str, ...]
     summaries: tuple[StoreSummary, ...]
+    facts: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of documents, D."""
@@ -103,6 +108,16 @@ class TokenStore:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each document; (D,) int64."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over what every document holds, in hexadecimal: equal for equal data, template and lengths."""
+        digest = hashlib.sha256()
+        arrays: dict[str, NDArray[Any]] = {"ids": self.input_ids, "offsets": self.offsets, **self.facts}
+        for name, array in sorted(arrays.items()):
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def document(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Ids and labels of a document, as views."""
@@ -161,15 +176,17 @@ def build_store(
 
 def row_error(source: Source, row: int, reason: str) -> InputError:
     """The error for a row that cannot be used, as one line."""
-    return InputError(f"{source.path.name}, row {row}: {reason}. Fix the row, or set data.invalid_rows: skip.")
+    where = source.path.name if source.path is not None else source.name
+    return InputError(f"{where}, row {row}: {reason}. Fix the row, or set data.invalid_rows: skip.")
 
 
 def open_store(folder: Path) -> TokenStore:
     """The store in a folder, its arrays read from disk as they are needed."""
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    facts = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    summaries = tuple(StoreSummary(**{**fact, "reasons": tuple(fact["reasons"])}) for fact in facts)
-    return TokenStore(**arrays, names=tuple(summary.name for summary in summaries), summaries=summaries)
+    facts = {path.stem.removeprefix(FACT): np.load(path, mmap_mode="r") for path in folder.glob(f"{FACT}*.npy")}
+    kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summaries = tuple(StoreSummary(**{**summary, "reasons": tuple(summary["reasons"])}) for summary in kept)
+    return TokenStore(**arrays, names=tuple(summary.name for summary in summaries), summaries=summaries, facts=facts)
 
 
 def _store_of(chunks: list[Chunk], sources: Sequence[Source]) -> TokenStore:
@@ -190,6 +207,7 @@ def _store_of(chunks: list[Chunk], sources: Sequence[Source]) -> TokenStore:
         row=_joined([chunk.rows for chunk in chunks], np.int64),
         names=tuple(source.name for source in sources),
         summaries=summaries,
+        facts={name: np.concatenate([chunk.facts[name] for chunk in chunks]) for name in chunks[0].facts},
     )
 
 
@@ -233,8 +251,10 @@ def _save(store: TokenStore, folder: Path) -> None:
         arrays: list[NDArray[Any]] = [store.input_ids, store.labels, store.offsets, store.source_index, store.row]
         for name, array in zip(ARRAYS, arrays, strict=True):
             np.save(draft / f"{name}.npy", array)
-        facts = [asdict(summary) for summary in store.summaries]
-        (draft / "summary.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+        for name, array in store.facts.items():
+            np.save(draft / f"{FACT}{name}.npy", array)
+        summaries = [asdict(summary) for summary in store.summaries]
+        (draft / "summary.json").write_text(json.dumps(summaries, indent=1, ensure_ascii=False), encoding="utf-8")
         for path in draft.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -259,7 +279,7 @@ def _content_key(encoder: Encoder, max_samples: int | None, invalid_rows: Invali
 def _source_facts(sources: Sequence[Source]) -> Iterable[str]:
     for source in sources:
         facts = asdict(source) | {"path": [(path.suffix, file_digest(path)) for path in source_files(source)]}
-        yield json.dumps(facts, sort_keys=True)
+        yield json.dumps(facts, sort_keys=True, default=repr)  # records may hold what YAML knows and JSON does not
 
 
 def _code_facts() -> Iterable[str]:

@@ -155,15 +155,18 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _continued(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """A model with a saved adapter that trains on."""
-    from peft import PeftModel
+    """A model with a saved adapter that trains on; of a reward model's, all but its value head."""
+    from peft import PeftConfig, PeftModel
 
     where, folder = "model.init_args.tuning.init_args.adapter", Path(adapter)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{where}: must be a folder with {name}, got {adapter}. Give the folder of an adapter.")
     try:
-        continued: PeftModel = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        config: Any = PeftConfig.from_pretrained(adapter)
+        if config.task_type == "SEQ_CLS":
+            config.task_type, config.modules_to_save = "CAUSAL_LM", None
+        continued: PeftModel = PeftModel.from_pretrained(model, adapter, is_trainable=True, config=config)
     except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise InputError(f"{where}: {adapter} does not fit the model, got {reason} Use its own base model.") from error

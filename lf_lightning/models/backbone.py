@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from lf_lightning.models.value_head import ValueHead
+
 
 class Backbone(nn.Module):
     """A causal language model whose output layer is computed by the kernel that the caller hands in.
@@ -28,6 +30,8 @@ class Backbone(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
+        self.value_head: ValueHead | None = None
+        """What turns hidden states into scores; only the backbone of a reward model has one."""
         self._padded_kernel: str = self.causal_lm.config._attn_implementation or "eager"
         config = self.causal_lm.config.to_dict()
         scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0  # cohere; falcon_h1
@@ -82,8 +86,11 @@ class Backbone(nn.Module):
         arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.positions is not None:
             arguments["position_ids"] = batch.positions
-        if batch.documents is not None and self.is_padding_free:
-            arguments["documents"] = batch.documents
+        if batch.documents is not None:
+            if self.is_padding_free:
+                arguments["documents"] = batch.documents
+            elif any(document.branches for document in batch.documents):
+                raise ValueError("only the attention of the padding-free layout keeps branches of a document apart")
         hidden: Tensor = self._decoder(**arguments).last_hidden_state
         return kernel(hidden, self.output_layer, batch.targets)
 
@@ -132,7 +139,7 @@ def embedding_rows(causal_lm: PreTrainedModel) -> int:
 
 
 def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, H) and bias (V,) of an output layer, with a peft adapter or a trained copy on it applied.
+    """Weight (V, H) and bias (V,) of an output layer, with a peft adapter or a trained copy on it where they are on.
 
     Raises:
         InputError: The layer has another form, or dropout inside it.
@@ -141,10 +148,11 @@ def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     from peft.utils import ModulesToSaveWrapper
 
     if isinstance(head, ModulesToSaveWrapper):
-        return head_weights(head.modules_to_save[head.active_adapters[0]])
+        whole = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+        return head_weights(whole)
     if isinstance(head, LoraLinear):
         weight, bias = head_weights(head.get_base_layer())
-        for name in () if head.merged else head.active_adapters:
+        for name in () if head.merged or head.disable_adapters else head.active_adapters:
             if not isinstance(head.lora_dropout[name], nn.Identity):
                 raise InputError(
                     "model.init_args.tuning.init_args.dropout: must be 0 with an adapter on the output layer, "

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
+from lf_lightning.models.tensor_files import tensor_files
+from lf_lightning.models.value_head_files import SCORE, load_value_head
 from lf_lightning.types import InputError
 
 TRAINABLE = "trainable.safetensors"
@@ -58,7 +60,7 @@ def save_unnamed_weights(backbone: Backbone, folder: Path) -> None:
     """
     if backbone.is_adapter:
         return
-    names = set(_tensor_files(folder))
+    names = set(tensor_files(folder))
     aliases = _tied_names(backbone)
     missing = {
         name: parameter.detach().contiguous()
@@ -70,7 +72,7 @@ def save_unnamed_weights(backbone: Backbone, folder: Path) -> None:
 
 
 def load_weights(backbone: Backbone, folder: Path) -> None:
-    """Put the trained weights of a checkpoint or a final folder into a model of the same make.
+    """Put the trained weights of a checkpoint or a final folder into a model of the same make, value head included.
 
     Raises:
         InputError: The folder holds no weights, or not those that this model trains.
@@ -78,27 +80,33 @@ def load_weights(backbone: Backbone, folder: Path) -> None:
     if backbone.is_adapter != (folder / "adapter_config.json").is_file():
         want, got = ("an adapter", "none") if backbone.is_adapter else ("a whole model", "an adapter")
         raise InputError(f"{folder}: must hold {want}, as the tuning says, got {got}. Use the run's own tuning.")
+    if backbone.value_head is not None:
+        load_value_head(backbone.value_head, folder)
     if backbone.is_adapter:
         _load_adapter(backbone, folder)
-        return
+    else:
+        _load_model(backbone, folder)
+
+
+def _load_model(backbone: Backbone, folder: Path) -> None:
     own = folder / "trainer_state" / TRAINABLE
     tensors = load_file(own) if own.is_file() else {}
-    files, aliases = _tensor_files(folder), _tied_names(backbone)
+    files, aliases = tensor_files(folder), _tied_names(backbone)
     for name, parameter in backbone.causal_lm.named_parameters():
         stored = next((alias for alias in (name, *sorted(aliases.get(name, ()))) if alias in files), None)
         if name not in tensors and stored is not None:
             with safe_open(files[stored], "pt") as handle:
                 tensors[name] = handle.get_tensor(stored)
         if name not in tensors and parameter.requires_grad:
-            tensors = {**_converted(folder), **tensors}
+            tensors = {**_converted(backbone, folder), **tensors}
         if name in tensors:
             _copy(parameter, tensors.pop(name), name, folder)
         elif parameter.requires_grad:
             raise InputError(f"{folder}: lacks the trained weight {name}. Give a folder of this configuration.")
 
 
-def _converted(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder in the arrangement in which a model holds them, as transformers converts them."""
+def _converted(backbone: Backbone, folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder in the arrangement in which the model holds them, as transformers converts them."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -106,9 +114,12 @@ def _converted(folder: Path) -> dict[str, Tensor]:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: must hold the weights of a model, got none that can be read.") from error
     causal_lm, report = answer
-    if report["missing_keys"]:
-        raise InputError(f"{folder}: lacks the weight {min(report['missing_keys'])}. Give a folder that is whole.")
-    return {name: parameter.detach() for name, parameter in causal_lm.named_parameters(remove_duplicate=False)}
+    trained = {name for name, parameter in backbone.causal_lm.named_parameters() if parameter.requires_grad}
+    missing = set(report["missing_keys"])  # a folder for sequence classification has no output layer
+    if missing & trained:
+        raise InputError(f"{folder}: lacks the weight {min(missing & trained)}. Give a folder that is whole.")
+    found = causal_lm.named_parameters(remove_duplicate=False)
+    return {name: parameter.detach() for name, parameter in found if name not in missing}
 
 
 def _load_adapter(backbone: Backbone, folder: Path) -> None:
@@ -118,7 +129,10 @@ def _load_adapter(backbone: Backbone, folder: Path) -> None:
     if not path.is_file():
         raise InputError(f"{folder}: must hold adapter_model.safetensors, got none. Give the folder of an adapter.")
     try:
-        result: Any = set_peft_model_state_dict(backbone.model, load_file(path))
+        tensors = load_file(path)
+        if backbone.value_head is not None:
+            tensors.pop(SCORE[1], None)
+        result: Any = set_peft_model_state_dict(backbone.model, tensors)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise InputError(f"{path}: does not fit this model's adapter: {reason} Use the run's own tuning.") from error
@@ -126,18 +140,6 @@ def _load_adapter(backbone: Backbone, folder: Path) -> None:
     if missing or result.unexpected_keys:
         culprit = (missing or result.unexpected_keys)[0]
         raise InputError(f"{path}: does not fit this model's adapter, first at {culprit}. Use the run's own tuning.")
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of each tensor of a folder -> the file that holds it."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as handle:
-                found.update(dict.fromkeys(handle.keys(), path))
-        except SafetensorError as error:
-            raise InputError(f"{path}: must be a whole safetensors file, got {error}. Use another folder.") from error
-    return found
 
 
 def _tied_names(backbone: Backbone) -> dict[str, set[str]]:

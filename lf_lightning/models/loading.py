@@ -21,7 +21,13 @@ WHERE = "model.init_args.backbone"
 
 
 def load_backbone(
-    spec: BackboneSpec, tuning: Tuning, *, vocab_size: int, seed: int, device: torch.device | None = None
+    spec: BackboneSpec,
+    tuning: Tuning,
+    *,
+    vocab_size: int,
+    seed: int,
+    device: torch.device | None = None,
+    trains: bool = True,
 ) -> Backbone:
     """Load or build the model, apply the tuning, and leave it in train mode.
 
@@ -31,6 +37,7 @@ def load_backbone(
         vocab_size: Words of the tokenizer: size of a scratch model's embedding, and a lower bound for any other's.
         seed: Seed of new weights (scratch models, adapters).
         device: Where to build; `meta` builds shapes without weights.
+        trains: Otherwise everything is frozen, and stays in the type of the spec.
 
     Raises:
         InputError: The folder cannot be read, or model and tokenizer or tuning do not fit.
@@ -42,6 +49,8 @@ def load_backbone(
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tuned = tuning.apply(model)
+    if not trains:
+        tuned.requires_grad_(False)
     upcast_trainable(tuned)
     backbone = Backbone(tuned)
     if spec.path is None and backbone.is_adapter:

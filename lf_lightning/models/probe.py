@@ -1,4 +1,4 @@
-"""Two questions to the user's own model before the first step, because no list of families could answer them."""
+"""Questions to the user's own model before the first step, because no list of families could answer them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lf_lightning.models.backbone import Backbone
-from lf_lightning.types import IGNORE, InputError, Layout, OutputLayer, TokenBatch
+from lf_lightning.types import IGNORE, Document, InputError, Layout, OutputLayer, TokenBatch
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Largest difference that rounding explains, as a share of the hidden states' deviation."""
@@ -35,23 +35,71 @@ def documents_are_isolated(backbone: Backbone, layout: Layout) -> bool:
     Models that carry state or position biases across a row (recurrent, convolutional, ALiBi) do not. In the padded
     layout it is transformers that finds the documents, by their positions, and not for every family.
     """
-    if layout == "padding_free" and backbone.causal_lm.config.get_text_config().to_dict().get("attention_chunk_size"):
-        return False  # llama4 attends in chunks by its mask alone, longer than these documents
+    if layout == "padding_free" and _attends_in_chunks(backbone):
+        return False
     first, second, other = _words(backbone, 7, seed=1), _words(backbone, 9, seed=2), _words(backbone, 7, seed=3)
-    layout_before: Layout = "padding_free" if backbone.is_padding_free else "padded"
-    with _Quiet(backbone):
-        backbone.set_layout("padded")
-        alone = [backbone(_batch(ids, documents=None), kernel=_hidden) for ids in (first, second)]
-        backbone.set_layout(layout)
-        try:
-            together = backbone(_batch(torch.cat([first, second], dim=1), documents=(7, 9)), kernel=_hidden)
-            changed = backbone(_batch(torch.cat([other, second], dim=1), documents=(7, 9)), kernel=_hidden)
-        except (TypeError, ValueError):  # a family that takes no positions, or builds a mask of its own
-            return False
-        finally:
-            backbone.set_layout(layout_before)
+    documents = (Document(7), Document(9))
+    try:
+        with _Quiet(backbone):
+            alone = [_run(backbone, ids, layout="padded") for ids in (first, second)]
+            together = _run(backbone, torch.cat([first, second], dim=1), layout=layout, documents=documents)
+            changed = _run(backbone, torch.cat([other, second], dim=1), layout=layout, documents=documents)
+    except _Foreign:
+        return False
     same = _close(together, torch.cat(alone, dim=1), backbone)
     return same and _close(changed[:, 7:], together[:, 7:], backbone)
+
+
+def branches_are_isolated(backbone: Backbone) -> bool:
+    """Whether two branches on one trunk give what trunk and branch give alone, and the second does not see the first.
+
+    Only our own attention of the padding-free layout can: flash_attention_2 finds documents by their positions.
+    """
+    if _attends_in_chunks(backbone):
+        return False
+    trunk, first, other, second, last = (
+        _words(backbone, length, seed=seed) for seed, length in enumerate((7, 5, 5, 6, 4))
+    )
+    documents = (Document(7, (5, 6)), Document(4))  # a document after it must start afresh
+    rows = [torch.cat([trunk, branch, second, last], dim=1) for branch in (first, other)]
+    try:
+        with _Quiet(backbone):
+            alone = [
+                _run(backbone, torch.cat([trunk, first], dim=1), layout="padded"),
+                _run(backbone, torch.cat([trunk, second], dim=1), layout="padded")[:, 7:],
+                _run(backbone, last, layout="padded"),
+            ]
+            together, changed = (_run(backbone, row, layout="padding_free", documents=documents) for row in rows)
+    except _Foreign:
+        return False
+    same = _close(together, torch.cat(alone, dim=1), backbone)
+    return same and _close(changed[:, 12:], together[:, 12:], backbone)
+
+
+class _Foreign(Exception):
+    """The family takes no positions or documents, or builds a mask of its own."""
+
+
+def _attends_in_chunks(backbone: Backbone) -> bool:
+    """Whether a model attends in chunks by its mask alone (llama4); they are longer than what a probe would try."""
+    return bool(backbone.causal_lm.config.get_text_config().to_dict().get("attention_chunk_size"))
+
+
+def _run(
+    backbone: Backbone, input_ids: Tensor, *, layout: Layout, documents: tuple[Document, ...] | None = None
+) -> Tensor:
+    """Last hidden states of a row, (1, T, H), with the attention of a layout; the model keeps its own layout."""
+    layout_before: Layout = "padding_free" if backbone.is_padding_free else "padded"
+    backbone.set_layout(layout)
+    try:
+        hidden: Tensor = backbone(_batch(input_ids, documents=documents), kernel=_hidden)
+    except (TypeError, ValueError) as error:
+        if documents is None:
+            raise
+        raise _Foreign from error
+    finally:
+        backbone.set_layout(layout_before)
+    return hidden
 
 
 def _hidden(hidden: Tensor, output_layer: OutputLayer, targets: Tensor) -> Tensor:
@@ -73,10 +121,13 @@ def _words(backbone: Backbone, length: int, *, seed: int = 0) -> Tensor:
     return words.to(next(backbone.parameters()).device)
 
 
-def _batch(input_ids: Tensor, *, documents: tuple[int, ...] | None) -> TokenBatch:
+def _batch(input_ids: Tensor, *, documents: tuple[Document, ...] | None) -> TokenBatch:
     positions = None
     if documents is not None:
-        positions = torch.cat([torch.arange(length, device=input_ids.device) for length in documents])[None]
+        ranges = []
+        for trunk, branches in documents:
+            ranges += [(0, trunk), *((trunk, trunk + branch) for branch in branches)]
+        positions = torch.cat([torch.arange(*limits, device=input_ids.device) for limits in ranges])[None]
     return TokenBatch(
         input_ids=input_ids,
         targets=torch.full_like(input_ids, IGNORE),

@@ -17,8 +17,8 @@ from lf_lightning.models.backbone import Backbone
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     """Shard every block, and the rest with the root, over the data-parallel dimension of a mesh.
 
-    Adapters form groups of their own, since a group holds one dtype. The kernel runs inside the root's forward, where
-    the output layer is whole.
+    Adapters and a value head form groups of their own, since a group holds one dtype. The kernel runs inside the
+    root's forward, where the output layer is whole.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -30,6 +30,8 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
         if adapters:
             fully_shard(adapters, mesh=data_parallel)
         fully_shard(block, mesh=data_parallel)
+    if backbone.value_head is not None:
+        fully_shard(backbone.value_head, mesh=data_parallel)
     fully_shard(backbone, mesh=data_parallel)
 
 

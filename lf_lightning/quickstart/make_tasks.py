@@ -1,4 +1,4 @@
-"""Makes the quickstarts' data: four tasks that a tiny model learns from scratch, and little stories to read.
+"""Makes the quickstarts' data: four tasks for a tiny model, little stories to read, and words in the right voice.
 
 python -m lf_lightning.quickstart.make_tasks FOLDER
 """
@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 SEED = 7
 NUM_STORIES, NUM_HELDOUT_STORIES = 400, 40
+NUM_PAIRS, NUM_HELDOUT_PAIRS = 600, 100
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwyz", "aeiou"
 WORD_LENGTHS = (3, 4, 5, 6)
@@ -109,8 +110,34 @@ def story(dice: Dice) -> str:
     return f"{start} {middle} Then {name} the {animal} went home and was {feeling}."
 
 
+VOICES: dict[str, Callable[[str], str]] = {"loudly": lambda text: f"{text.upper()}!", "softly": lambda text: f"{text}."}
+"""How something is to be said -> how that looks."""
+
+
+def pair(text: str, dice: Dice) -> dict[str, str]:
+    """A word to be said in one voice: rightly, and in the other voice. No response is right or wrong by itself."""
+    right, wrong = dice.shuffled(list(VOICES))
+    answers = {"chosen": VOICES[right](text), "rejected": VOICES[wrong](text)}
+    return {"instruction": f"Say it {right}", "input": text, **answers}
+
+
+def pair_rows(dice: Dice) -> list[dict[str, str]]:
+    """Pairs about different words, the held-out ones first."""
+    words: dict[str, None] = {}
+    while len(words) < NUM_PAIRS + NUM_HELDOUT_PAIRS:
+        words[word(dice)] = None
+    return [pair(text, dice) for text in words]
+
+
+def feedback(pair: dict[str, str], dice: Dice) -> dict[str, Any]:
+    """One response of a pair, with what a reader thought of it."""
+    liked = dice.below(2) == 1
+    output = pair["chosen"] if liked else pair["rejected"]
+    return {"instruction": pair["instruction"], "input": pair["input"], "output": output, "liked": liked}
+
+
 def make_tasks(folder: Path) -> None:
-    """Write tasks, stories, the held-out part of each, and dataset_info.json.
+    """Write tasks, stories, pairs, feedback, the held-out part of each, and dataset_info.json.
 
     Args:
         folder: Where to write; made if it does not exist.
@@ -128,12 +155,22 @@ def make_tasks(folder: Path) -> None:
     _write_rows(folder / "tasks_heldout.json", dice.shuffled(heldout), brackets=True)
     _write_rows(folder / "stories.jsonl", stories[NUM_HELDOUT_STORIES:], brackets=False)
     _write_rows(folder / "stories_heldout.jsonl", stories[:NUM_HELDOUT_STORIES], brackets=False)
+    pairs = pair_rows(dice)
+    opinions = [feedback(each, dice) for each in pairs]
+    for name, rows in (("pairs", pairs), ("feedback", opinions)):
+        _write_rows(folder / f"{name}.json", rows[NUM_HELDOUT_PAIRS:], brackets=True)
+        _write_rows(folder / f"{name}_heldout.json", rows[:NUM_HELDOUT_PAIRS], brackets=True)
     info: dict[str, Any] = {name: {"file_name": f"{name}.json"} for name in ("tasks", "tasks_heldout")}
     info |= {name: {"file_name": f"{name}.jsonl", "formatting": "text"} for name in ("stories", "stories_heldout")}
+    ranked = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+    liked = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "liked"}
+    for name in ("pairs", "pairs_heldout"):
+        info[name] = {"file_name": f"{name}.json", "ranking": True, "columns": ranked}
+    info |= {name: {"file_name": f"{name}.json", "columns": liked} for name in ("feedback", "feedback_heldout")}
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
-def _write_rows(path: Path, rows: Sequence[dict[str, str]], *, brackets: bool) -> None:
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]], *, brackets: bool) -> None:
     """One row a line: as a JSON array in brackets, or as JSON lines."""
     lines = [json.dumps(row) for row in rows]
     text = "[\n" + ",\n".join(lines) + "\n]\n" if brackets else "\n".join(lines) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,26 +11,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from lf_lightning.callbacks import default_callbacks
 from lf_lightning.callbacks.run_log import log_is_due
-from lf_lightning.console import say
 from lf_lightning.lightning_private import global_seed
-from lf_lightning.models import Backbone, LoRA, Tuning, load_backbone
+from lf_lightning.models import Backbone, LoRA, Tuning
 from lf_lightning.models.export import load_weights, save_unnamed_weights, save_weights
 from lf_lightning.models.generation import generate_answers
-from lf_lightning.models.probe import check_output_layer
-from lf_lightning.models.sharding import clip_gradients, shard
+from lf_lightning.models.sharding import clip_gradients
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate, trained_parameters
+from lf_lightning.stages.building import build_backbone
 from lf_lightning.stages.doors import check_trainer
 from lf_lightning.stages.layout import settle_layout
 from lf_lightning.stages.means import SetMeans
 from lf_lightning.stages.non_finite import NonFinite
 from lf_lightning.stages.ranks import Ranks, seed_random_layers
-from lf_lightning.stages.resume import check_same_stage
+from lf_lightning.stages.resume import check_same_stage, state_of
+from lf_lightning.stages.speed import TokenCount
 from lf_lightning.types import (
     Answer,
     BackboneSpec,
@@ -42,7 +40,6 @@ from lf_lightning.types import (
     PromptBatch,
     StepBatch,
     Task,
-    TokenBatch,
 )
 
 if TYPE_CHECKING:
@@ -63,9 +60,7 @@ class Stage(LightningModule, ABC):
     """
 
     task: ClassVar[Task]
-    coefficients: ClassVar[dict[str, float]]
-    """Loss term -> its weight in the loss."""
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: tuple[str, ...]
     """Names of what `LossSums.metrics` holds."""
 
     strict_loading = False  # frozen weights are not in a checkpoint
@@ -93,31 +88,58 @@ class Stage(LightningModule, ABC):
         self.seed = global_seed()
         self.weights_folder: Path | None = None
         """Folder with trained weights to start from; set it before `validate`, `test` or `predict`."""
-        self.total_tokens = 0
-        """Tokens trained on so far, over all ranks, padding not counted."""
-        self._guard = NonFinite(non_finite)
+        self.memory: dict[str, float] = {}
+        """Numbers that a stage carries from step to step; a checkpoint holds them."""
+        self.tokens, self.guard = TokenCount(), NonFinite(non_finite)
         self._backbone: Backbone | None = None
-        self._isolation: Isolation | None = None
+        self.isolation: Isolation | None = None
         self._grad_norm = self._loss = 0.0
-        self._tokens_since_log, self._time_of_log = 0, 0.0
-        self._means = SetMeans([*self.coefficients, *self.metrics])
+        self._means = SetMeans([])
 
     # ------------------------------------------------------------------ what a stage defines
 
+    @property
     @abstractmethod
-    def step_counts(self, step: StepBatch) -> dict[str, int]:
-        """Count, from masks alone, what each loss term and each metric of a step is divided by."""
+    def coefficients(self) -> dict[str, float]:
+        """Loss term -> its weight in the loss."""
 
     @abstractmethod
-    def micro_batch_loss(self, micro_batch: TokenBatch) -> LossSums:
-        """Sum each loss term and each metric over a micro-batch."""
+    def step_counts(self, step: StepBatch) -> dict[str, int]:
+        """Count, from masks alone, what each loss term and each metric of a step is divided by.
+
+        The keys are those of `coefficients` and `metrics`. Units, pairs or tokens of this rank; fillers count nothing.
+        """
+
+    @abstractmethod
+    def micro_batch_loss(self, micro_batch: Any) -> LossSums:
+        """Sum each loss term of `coefficients` and each metric over a micro-batch, which `prepare_step` has seen."""
 
     @abstractmethod
     def reported(self, means: dict[str, float]) -> dict[str, float]:
         """What is logged of a step or a set, given its loss, terms and metrics."""
 
-    def prepare_step(self, step: StepBatch) -> None:
-        """Compute statistics of the whole step, before its first backward. A hook: most stages have none."""
+    def prepare_step(self, step: StepBatch) -> StepBatch:
+        """Compute constants and statistics of the whole step, before its first backward. A hook: most have none."""
+        return step
+
+    def evaluate(self, step: StepBatch) -> None:
+        """Take in a micro-batch of a validation set. A hook: most stages add up the sums of each."""
+        (micro_batch,) = step.micro_batches
+        self._means.update(self.micro_batch_loss(micro_batch), self.step_counts(step))
+
+    def finish_evaluation(self) -> None:
+        """Add up what only the whole set decides. A hook: most stages have nothing left to do."""
+
+    def extend_backbone(self, backbone: Backbone) -> None:
+        """Add to the model what the algorithm needs, before weights are loaded into it. A hook."""
+
+    def prepare_run(self) -> None:
+        """Work that comes before the first batch, once model and layout stand. A hook."""
+
+    @property
+    def companions(self) -> list[Backbone]:
+        """Other models that run on the same batches. A hook: most stages have none."""
+        return []
 
     # ------------------------------------------------------------------ the model
 
@@ -135,27 +157,10 @@ class Stage(LightningModule, ABC):
 
     def configure_model(self) -> None:
         """Build the model, shard it where the strategy asks for it, and leave it in train mode."""
-        if self._backbone is not None:
-            if self.weights_folder is not None and self.trainer.state.fn != "fit":
-                load_weights(self._backbone, self.weights_folder)
-            return
-        data = self.data
-        vocab_size = len(data.tokenizer) if data is not None else 0
-        backbone = load_backbone(self.backbone_spec, self.tuning, vocab_size=vocab_size, seed=self.seed)
-        if data is not None:
-            backbone.causal_lm.generation_config.eos_token_id = data.stop_token_ids
-            backbone.causal_lm.generation_config.pad_token_id = data.tokenizer.pad_token_id
-        if self.weights_folder is not None:
-            load_weights(backbone, self.weights_folder)
-        check_output_layer(backbone)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            assert self.device_mesh is not None
-            shard(backbone, self.device_mesh)
-        self._backbone = backbone.train()
-        trained, everything = backbone.num_parameters()
-        share = f", {trained:,} of them train ({100 * trained / everything:.2f} %)"
-        place = f" on {self.trainer.world_size} x {self.trainer.strategy.root_device}"
-        say(f"model: {everything:,} parameters{share if self.trainer.state.fn == 'fit' else ''}{place}")
+        if self._backbone is None:
+            self._backbone = build_backbone(self)
+        elif self.weights_folder is not None and self.trainer.state.fn != "fit":
+            load_weights(self._backbone, self.weights_folder)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer of the trainable parameters, and its schedule in optimizer steps."""
@@ -171,16 +176,21 @@ class Stage(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Ask the model whether it keeps documents of one row apart, and tell the data what the layout is."""
-        self._settle_layout()
+        self.settle_layout()
+        self.prepare_run()
 
     def on_validation_start(self) -> None:
         """Add sums up exactly; and settle the layout where no fit has."""
+        self._means = SetMeans([*self.coefficients, *self.metrics]).to(self.device)
         self._means.begin(self.ranks.exact)
         if self.trainer.state.fn != "fit":
-            self._settle_layout()
+            self.settle_layout()
+            self.prepare_run()
 
-    def _settle_layout(self) -> None:
-        self._isolation = settle_layout(self.backbone, self.data, self.ranks, known=self._isolation)
+    def settle_layout(self) -> None:
+        """Ask all models which layouts they can take, and take the one that the data wants."""
+        models = [self.backbone, *self.companions]
+        self.isolation = settle_layout(models, self.data, self.ranks, known=self.isolation)
 
     # ------------------------------------------------------------------ the step
 
@@ -189,7 +199,7 @@ class Stage(LightningModule, ABC):
         ranks, optimizer = self.ranks, self._optimizer
         own_counts = self.step_counts(step)
         counts = dict(zip(own_counts, ranks.sums(list(own_counts.values())), strict=True))
-        self.prepare_step(step)
+        step = self.prepare_step(step)
         sums: dict[str, Tensor | float] = {}
         last = len(step.micro_batches) - 1
         for index, micro_batch in enumerate(step.micro_batches):
@@ -207,7 +217,7 @@ class Stage(LightningModule, ABC):
         means = self._with_loss({name: total / max(counts[name], 1) for name, total in zip(sums, totals, strict=True)})
         self._loss = means["loss"]
         step_number = self.trainer.global_step + 1
-        self._guard.check_loss(step_number, means, trained_parameters(optimizer.optimizer), scaled=self._is_scaled)
+        self.guard.check_loss(step_number, means, trained_parameters(optimizer.optimizer), scaled=self._is_scaled)
         optimizer.step()
         self._log_step(means, int(tokens))  # with the learning rate that this step had
         self._schedule.step()
@@ -218,14 +228,9 @@ class Stage(LightningModule, ABC):
         parameters = trained_parameters(optimizer)
         self._grad_norm = float(clip_gradients(parameters, self.max_grad_norm))
         step = self.trainer.global_step + 1
-        self._guard.check_gradient(
+        self.guard.check_gradient(
             step, self._grad_norm, parameters, scaled=self._is_scaled, seen=not math.isfinite(self._loss)
         )
-
-    @property
-    def num_skipped_steps(self) -> int:
-        """Steps that counted and changed nothing, because a loss or gradient was not finite."""
-        return self._guard.num_skipped_steps
 
     @property
     def _is_scaled(self) -> bool:
@@ -240,8 +245,7 @@ class Stage(LightningModule, ABC):
 
     def validation_step(self, step: StepBatch, batch_idx: int) -> None:
         """Add a micro-batch to the sums of the set."""
-        (micro_batch,) = step.micro_batches
-        self._means.update(self.micro_batch_loss(micro_batch), self.step_counts(step))
+        self.evaluate(step)
 
     def on_validation_epoch_end(self) -> None:
         """Reduce the sums of the whole set over ranks, once, and log their ratios."""
@@ -254,6 +258,7 @@ class Stage(LightningModule, ABC):
         self._log_set("test")
 
     def _log_set(self, prefix: str) -> None:
+        self.finish_evaluation()
         means = self._with_loss(self._means.compute())
         values = {f"{prefix}/{name}": self._exact(value) for name, value in self.reported(means).items()}
         self.log_dict(values, sync_dist=True)  # the values are equal on all ranks already
@@ -266,9 +271,13 @@ class Stage(LightningModule, ABC):
 
     # ------------------------------------------------------------------ prediction
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
-        """Answer the prompts of a batch."""
-        return self.answers(batch)
+    def predict_step(self, batch: Any, batch_idx: int) -> list[Any]:
+        """What `predict` writes of a batch: an Answer to each prompt, or what the stage makes of its units."""
+        return self.predictions(batch)
+
+    def predictions(self, batch: Any) -> list[Any]:
+        """What `predict` writes of a batch. A hook: most stages answer prompts."""
+        return list(self.answers(batch))
 
     def answers(self, batch: PromptBatch) -> list[Answer]:
         """Generate an answer to each prompt, as the generation spec says; fillers are left out."""
@@ -291,40 +300,33 @@ class Stage(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resume needs beside the weights, which lie in the folder already."""
         checkpoint["state_dict"] = {}
-        checkpoint["stage"] = {
-            "name": type(self).__name__,
-            "isolation": self._isolation and tuple(self._isolation),
-            "num_trained": self.backbone.num_parameters()[0],
-            "total_tokens": self.total_tokens,
-            "num_skipped_steps": self._guard.num_skipped_steps,
-        }
+        checkpoint["stage"] = state_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the weights of the checkpoint's folder, and with the layout that the run had settled on."""
         state = checkpoint["stage"]
         check_same_stage(state, name=type(self).__name__, num_trained=self.backbone.num_parameters()[0])
-        self._isolation = Isolation(*state["isolation"]) if state["isolation"] else None
-        self.total_tokens, self._guard.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
+        self.isolation = Isolation(*state["isolation"]) if state["isolation"] else None
+        self.tokens.total, self.guard.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
+        self.memory = dict(state["memory"])
         load_weights(self.backbone, Path(str(self.trainer.ckpt_path)).parent.parent)
 
     def on_train_start(self) -> None:
         """What the configuration says of the optimizer beats what a checkpoint remembers."""
         restate(self._optimizer.optimizer, self._schedule, self._configured)
-        self._tokens_since_log, self._time_of_log = 0, time.perf_counter()
+        self.tokens.restart()
 
     # ------------------------------------------------------------------ logging
 
     def _log_step(self, means: dict[str, float], num_tokens: int) -> None:
         """Log the step where it is due: loss of this very step, so that a resumed run logs the same."""
-        self.total_tokens += num_tokens
-        self._tokens_since_log += num_tokens
+        self.tokens.add(num_tokens)
         if not log_is_due(self.trainer):
             return
-        speed = self._tokens_since_log / max(time.perf_counter() - self._time_of_log, 1e-9)
-        self._tokens_since_log, self._time_of_log = 0, time.perf_counter()
+        speed = self.tokens.per_second()
         values = {f"train/{name}": value for name, value in self.reported(means).items()}
         values["train/grad_norm"] = self._grad_norm
-        values["train/skipped_steps"] = self._guard.num_skipped_steps
+        values["train/skipped_steps"] = self.guard.num_skipped_steps
         values["train/learning_rate"] = float(self._optimizer.param_groups[0]["lr"])
         self.log_dict({name: self._exact(value) for name, value in values.items()})
         self.log("tokens/s", self._exact(speed), prog_bar=True)

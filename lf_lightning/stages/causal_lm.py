@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 from lf_lightning.losses.log_probs import CrossEntropySums, cross_entropy_sums
 from lf_lightning.stages.base import Stage
@@ -13,8 +12,12 @@ from lf_lightning.types import IGNORE, LossSums, StepBatch, TokenBatch
 class CausalLMStage(Stage):
     """Minimise -log p(token | tokens before it), averaged over all counted tokens of the step."""
 
-    coefficients: ClassVar = {"nll": 1.0}
-    metrics: ClassVar = ("accuracy",)
+    metrics = ("accuracy",)
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """One term: the negative log-likelihood."""
+        return {"nll": 1.0}
 
     def step_counts(self, step: StepBatch) -> dict[str, int]:
         """Predicted tokens of the step; they divide the loss and the accuracy."""

@@ -45,6 +45,12 @@ class Ranks:
         totals: list[float] = reduced.tolist()
         return totals
 
+    def sum_of(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, element by element; on the CPU, in the type of exact sums."""
+        reduced = self._strategy.reduce(tensor.to(self._device, self.exact), reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced.cpu()
+
     def all_agree(self, verdict: bool) -> bool:
         """Whether every rank says yes."""
         return self.sums([float(not verdict)]) == [0.0]

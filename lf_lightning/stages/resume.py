@@ -1,10 +1,25 @@
-"""What a checkpoint and the configuration that continues it must have in common."""
+"""What a checkpoint remembers of a stage, and what it and the configuration that continues it must have in common."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lf_lightning.types import InputError
+
+if TYPE_CHECKING:
+    from lf_lightning.stages.base import Stage
+
+
+def state_of(stage: Stage) -> dict[str, Any]:
+    """What a resume needs beside weights, optimizer and cursor; plain Python only."""
+    return {
+        "name": type(stage).__name__,
+        "isolation": stage.isolation and tuple(stage.isolation),
+        "num_trained": stage.backbone.num_parameters()[0],
+        "total_tokens": stage.tokens.total,
+        "num_skipped_steps": stage.guard.num_skipped_steps,
+        "memory": dict(stage.memory),
+    }
 
 
 def check_same_stage(state: dict[str, Any], *, name: str, num_trained: int) -> None:

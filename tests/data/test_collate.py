@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lf_lightning.data.collate import prompt_batch, token_batch
 from lf_lightning.data.prompts import Prompt
-from lf_lightning.types import Layout, Span, TokenBatch, Unit
+from lf_lightning.types import Document, Layout, Span, TokenBatch, Unit
 
 N = -100
 
@@ -52,7 +52,7 @@ def test_padded_rows_are_as_long_as_the_longest_and_padding_counts_nothing() -> 
 def test_a_first_token_is_never_a_target_even_where_its_label_counts() -> None:
     batch = token_batch([A, B], TOKENS, layout="padding_free", isolate=False)
     assert tensors(batch) == ([[11, 12, 13, 21, 22]], [[12, 13, N, 22, N]], [[0, 1, 2, 0, 1]])
-    assert (batch.documents, batch.num_units, batch.num_tokens) == ((3, 2), 2, 5)
+    assert (batch.documents, batch.num_units, batch.num_tokens) == ((Document(3), Document(2)), 2, 5)
 
 
 def test_an_isolated_pack_restarts_positions_and_predicts_nothing_across_documents() -> None:
@@ -68,7 +68,7 @@ def test_an_isolated_pack_restarts_positions_and_predicts_nothing_across_documen
         [[12, 13, N, 22, N, N, N, 34, N]],
         [[0, 1, 2, 0, 1, 0, 1, 2, 3]],
     )
-    assert free.documents == (3, 2, 4)
+    assert free.documents == (Document(3), Document(2), Document(4))
     assert (free.num_units, free.num_tokens) == (2, 9)
 
 
@@ -81,7 +81,7 @@ def test_a_pack_that_is_not_isolated_is_one_document() -> None:
         [[12, 13, 21, 22, N, 22, N]],
         [[0, 1, 2, 3, 4, 0, 1]],
     )
-    assert free.documents == (5, 2)
+    assert free.documents == (Document(5), Document(2))
 
 
 def test_a_span_inside_a_document_predicts_only_what_lies_in_it() -> None:
@@ -95,8 +95,10 @@ def test_a_span_of_one_token_predicts_nothing() -> None:
     assert tensors(batch) == ([[22]], [[N]], None)
 
 
-@pytest.mark.parametrize(("layout", "documents"), [("padded", None), ("padding_free", (2,))])
-def test_a_filler_is_a_real_input_of_which_nothing_counts(layout: Layout, documents: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize(("layout", "documents"), [("padded", None), ("padding_free", (Document(2),))])
+def test_a_filler_is_a_real_input_of_which_nothing_counts(
+    layout: Layout, documents: tuple[Document, ...] | None
+) -> None:
     batch = token_batch([], TOKENS, layout=layout, isolate=True)
     assert batch.input_ids.tolist() == [[0, 0]]
     assert batch.targets.tolist() == [[N, N]]
@@ -119,7 +121,9 @@ def test_random_units_count_the_same_targets_in_both_layouts(isolate: bool) -> N
         assert padded.targets[padded.targets != N].tolist() == free.targets[free.targets != N].tolist()
         counted = padded.targets != N
         assert torch.equal(padded.input_ids[counted], free.input_ids[free.targets != N])
-        assert sum(free.documents or ()) == free.input_ids.shape[1] == free.num_tokens
+        assert (
+            sum(document.num_tokens for document in free.documents or ()) == free.input_ids.shape[1] == free.num_tokens
+        )
 
 
 def prompt(text: str, ids: list[int]) -> Prompt:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lf_lightning.data.formats import RowError, check_task, conversation_of, require_answer, text_of
-from lf_lightning.types import Conversation, InputError, Message, Source
+from lf_lightning.data.formats import RowError, conversation_of, require_answer, text_of
+from lf_lightning.types import Conversation, Message, Source
 
 ALPACA = Source("a", Path("a.json"))
 SHAREGPT = Source("s", Path("s.json"), "sharegpt", {"messages": "conversations", "tools": "tools", "system": "sys"})
@@ -179,24 +179,3 @@ def test_text_comes_from_the_prompt_column_or_the_text_column() -> None:
     for row, got in (({"text": ""}, "got ''"), ({"x": 1}, "got none; the row has the columns 'x'"), ({"text": 2}, "2")):
         with pytest.raises(RowError, match=got):
             text_of(row, Source("p", Path("p.txt"), "text"))
-
-
-@pytest.mark.parametrize(
-    ("source", "task", "message"),
-    [
-        (Source("d", Path("d"), "sharegpt", ranking=True), "sft", "holds ranked answers"),
-        (Source("d", Path("d"), columns={"kto_tag": "label"}), "sft", "holds liked and disliked answers"),
-        (Source("d", Path("d"), "text"), "sft", "holds plain texts"),
-        (Source("d", Path("d"), "sharegpt"), "pt", "holds conversations"),
-        (Source("d", Path("d")), "pt", "holds questions with answers"),
-    ],
-)
-def test_a_dataset_for_another_task_is_refused(source: Source, task: Any, message: str) -> None:
-    with pytest.raises(InputError, match=f"d: {message}"):
-        check_task(source, task)
-
-
-def test_datasets_for_the_task_pass() -> None:
-    check_task(ALPACA, "sft")
-    check_task(Source("c4", Path("c4"), columns={"prompt": "text"}), "pt")
-    check_task(Source("c4", Path("c4"), "text"), "pt")

@@ -16,7 +16,8 @@ def units_of_epoch(epoch: int) -> list[Unit]:
 
 
 def loader(global_batch_size: int = 4) -> StepLoader:
-    def documents(units: Sequence[Unit]) -> StepBatch:
+    def documents(units: Sequence[Unit], epoch: int) -> StepBatch:
+        assert all(unit.spans[0].document // 10 == epoch for unit in units)
         return [unit.spans[0].document for unit in units]  # type: ignore[return-value]  # lists are easier to compare
 
     return StepLoader(

@@ -46,6 +46,18 @@ def test_an_inline_source_is_found_beside_the_run_or_in_dataset_dir(
     assert resolve_sources([{"path": "here.jsonl"}], folder)[0].path == tmp_path / "here.jsonl"
 
 
+def test_records_are_rows_without_a_file(tmp_path: Path) -> None:
+    rows = [{"q": "a"}, {"q": "b"}]
+    entries: list[Any] = [{"records": rows, "columns": {"prompt": "q"}}, {"records": rows[:1], "name": "one"}]
+    first, second = resolve_sources(entries, str(tmp_path))
+    assert first == Source("records", None, "alpaca", {"prompt": "q"}, {}, False, tuple(rows))
+    assert (second.name, load_rows(second)) == ("one", rows[:1])
+    assert load_rows(first) == rows
+    assert load_rows(first, 1) == rows[:1]
+    with pytest.raises(InputError, match="'records' names two datasets"):
+        resolve_sources(entries[:1] * 2, str(tmp_path))
+
+
 def test_a_txt_file_is_plain_text_unless_told_otherwise(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("one\n")
     assert resolve_sources([{"file_name": "book.txt"}], str(tmp_path))[0].formatting == "text"
@@ -75,7 +87,20 @@ ENTRY = {"file_name": "rows.json"}
         ([], "a", "must be an object of name -> entry, got an array"),
         ('{"a": 1,\n }', "a", "broken JSON at line 2, column 2"),
         ({}, {"path": "rows.json", "nam": "x"}, "unknown key 'nam'. Did you mean 'name'?"),
-        ({}, {"name": "x"}, "data.datasets[0]: give either path or file_name, got neither"),
+        ({}, {"name": "x"}, "data.datasets[0]: give one of path, file_name or records, got none"),
+        (
+            {},
+            {"path": "x", "records": []},
+            "data.datasets[0]: give one of path, file_name or records, got path and records",
+        ),
+        (
+            {},
+            {"records": []},
+            "data.datasets[0]: records must be a list of rows, got []. Write [{column: value}, ...].",
+        ),
+        ({}, {"records": "x"}, "data.datasets[0]: records must be a list of rows, got 'x'."),
+        ({}, {"records": [{"a": 1}, "x"]}, "data.datasets[0], records, row 2: must be an object, got a string."),
+        ({"rows": {"records": [{"a": 1}]}}, "rows", "unknown key 'records'"),
         ({}, 3, "data.datasets[0]: must be a name or a mapping, got 3"),
     ],
 )

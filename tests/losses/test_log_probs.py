@@ -1,5 +1,6 @@
 """The log-prob kernel against values worked out by hand, gradcheck, and a naive path that holds all logits."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,10 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lf_lightning.losses.log_probs import cross_entropy_sums, token_log_probs
+from lf_lightning.losses.log_probs import (
+    cross_entropy_sums,
+    front_sums,
+    length_desensitized,
+    sequence_lengths,
+    sequence_sums,
+    token_log_probs,
+    token_statistics,
+)
 from lf_lightning.types import IGNORE, OutputLayer
 
 B, T, H, V = 2, 9, 4, 11
+WITH_ENTROPY = functools.partial(token_statistics, with_entropy=True)
 LOG2, LOG5 = math.log(2), math.log(5)
 
 
@@ -87,6 +97,11 @@ def naive_log_probs(hidden: Tensor, layer: OutputLayer, targets: Tensor) -> Tens
     return torch.where(targets == IGNORE, torch.zeros_like(picked), picked)
 
 
+def naive_entropy(hidden: Tensor, layer: OutputLayer, targets: Tensor) -> Tensor:
+    entropy = torch.distributions.Categorical(logits=naive_logits(hidden, layer)).entropy()
+    return torch.where(targets == IGNORE, torch.zeros_like(entropy), entropy)
+
+
 def upstream(log_probs: Tensor) -> Tensor:
     """A gradient that is different, and of either sign, at each position."""
     return torch.arange(log_probs.numel(), dtype=log_probs.dtype).sub(7.5).div(5).view_as(log_probs)
@@ -122,6 +137,35 @@ def test_the_log_probs_of_three_words_are_those_worked_out_by_hand():
     (log_probs * torch.tensor([[2.0, 9.0, -1.0]])).sum().backward()
     assert layer.weight.grad is not None  # 2 (1 - 1/8) + 1/8, -2/4 + 1/4, -2 5/8 - (1 - 5/8)
     assert layer.weight.grad.flatten().tolist() == pytest.approx([1.875, -0.25, -1.625], abs=1e-14)
+
+
+def test_the_statistics_of_three_words_are_those_worked_out_by_hand():
+    hidden, layer = ones(), one_word_per_logarithm()
+    statistics = token_statistics(hidden, layer, torch.tensor([[0, IGNORE, 2]]), with_entropy=True)
+    assert statistics.log_probs.tolist()[0] == pytest.approx([-2.0794415416798357, 0.0, -0.4700036292457356], abs=1e-14)
+    assert statistics.is_correct.tolist() == [[False, False, True]]
+    assert statistics.entropy is not None  # log 8 - log(2) / 4 - 5 log(5) / 8
+    assert statistics.entropy.tolist()[0] == pytest.approx([0.9002560512685367, 0.0, 0.9002560512685367], abs=1e-14)
+    assert statistics.log_probs.requires_grad
+    assert not statistics.is_correct.requires_grad
+    assert not statistics.entropy.requires_grad
+
+
+def test_the_entropy_is_made_only_where_it_is_asked_for_and_lies_between_none_and_all():
+    hidden = torch.ones(1, 1, 1)
+    targets = torch.tensor([[0]])
+    assert token_statistics(hidden, OutputLayer(torch.zeros(3, 1)), targets).entropy is None
+
+    def entropy(*weight: float, bias: Tensor | None = None) -> float:
+        layer = OutputLayer(torch.tensor(weight).unsqueeze(1), bias)
+        found = token_statistics(hidden, layer, targets, with_entropy=True).entropy
+        assert found is not None
+        return found.item()
+
+    assert entropy(0.0, 0.0, 0.0, 0.0) == pytest.approx(1.3862943611198906, abs=1e-6)  # log 4
+    assert entropy(3e4, -3e4, 0.0) == 0.0
+    forbidden = torch.tensor([0.0, 0.0, -torch.inf])
+    assert entropy(0.0, 0.0, 0.0, bias=forbidden) == pytest.approx(0.6931471805599453, abs=1e-6)  # log 2
 
 
 def test_the_scale_multiplies_the_logits_and_the_bias():
@@ -168,6 +212,27 @@ def test_the_log_probs_agree_with_all_logits_in_value_and_gradient(case: Case):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_statistics_agree_with_all_logits_and_the_entropy_leaves_the_gradient_alone(case: Case):
+    inputs = make_inputs(case)
+    inputs.targets[:, 4] = naive_logits(inputs.hidden, inputs.layer)[:, 4].argmax(-1)
+    expected = naive_log_probs(*inputs)
+    expected.backward(upstream(expected))
+    expected_grads = inputs.grads()
+    statistics = token_statistics(*inputs, chunk_size=5, with_entropy=True)
+    statistics.log_probs.backward(upstream(expected))
+    torch.testing.assert_close(inputs.grads(), expected_grads, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(statistics.log_probs, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(statistics.entropy, naive_entropy(*inputs).detach(), rtol=1e-10, atol=1e-10)
+    is_correct = naive_logits(inputs.hidden, inputs.layer).argmax(-1) == inputs.targets
+    assert torch.equal(statistics.is_correct, is_correct)
+    assert 0 < is_correct.sum() < is_correct.numel()
+    with torch.no_grad():
+        again = token_statistics(*inputs, chunk_size=5, with_entropy=True)
+    assert not again.log_probs.requires_grad
+    torch.testing.assert_close(tuple(again), tuple(field.detach() for field in statistics if field is not None))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradcheck_passes(case: Case):
     inputs = make_inputs(case, sizes=(1, 5, 3, 6))
     trained = {name: leaf for name, leaf in inputs.leaves().items() if leaf.requires_grad}
@@ -182,6 +247,7 @@ def test_gradcheck_passes(case: Case):
 
     assert torch.autograd.gradcheck(call(lambda *a, **k: cross_entropy_sums(*a, **k).nll), tuple(trained.values()))
     assert torch.autograd.gradcheck(call(token_log_probs), tuple(trained.values()))
+    assert torch.autograd.gradcheck(call(lambda *a, **k: WITH_ENTROPY(*a, **k).log_probs), tuple(trained.values()))
 
 
 @pytest.mark.parametrize("kernel", [lambda *a: cross_entropy_sums(*a, chunk_size=2).nll, token_log_probs])
@@ -198,9 +264,9 @@ def test_the_chunk_size_changes_nothing(chunk_size: int):
         sums = cross_entropy_sums(*inputs, chunk_size=size)
         sums.nll.backward()
         found = [sums.nll, sums.num_correct, inputs.grads()]
-        log_probs = token_log_probs(*inputs, chunk_size=size)
-        log_probs.backward(upstream(log_probs))
-        return [*found, log_probs, inputs.grads()]
+        statistics = WITH_ENTROPY(*inputs, chunk_size=size)
+        statistics.log_probs.backward(upstream(statistics.log_probs))
+        return [*found, *statistics, inputs.grads()]
 
     torch.testing.assert_close(results(chunk_size), results(None), rtol=1e-12, atol=1e-12)
 
@@ -211,12 +277,18 @@ class SizeWatcher(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[torch.Size] = []
+        self.outputs: list[Tensor] = []  # kept, so that no two have one address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else [result]
+        self.outputs += [output for output in outputs if isinstance(output, Tensor)]
         self.shapes += [output.shape for output in outputs if isinstance(output, Tensor)]
         return result
+
+    def memories(self, size: int) -> set[int]:
+        """Addresses of all tensors of so many elements."""
+        return {output.untyped_storage().data_ptr() for output in self.outputs if output.numel() == size}
 
     @property
     def largest(self) -> int:
@@ -226,7 +298,7 @@ class SizeWatcher(TorchDispatchMode):
 def watched(kernel: Callable[..., Any], inputs: Inputs, **options: Any) -> SizeWatcher:
     with SizeWatcher() as watcher:
         result = kernel(*inputs, **options)
-        values = result if isinstance(result, Tensor) else result.nll
+        values = result if isinstance(result, Tensor) else result[0]
         if values.requires_grad:
             values.sum().backward()
     return watcher
@@ -234,7 +306,7 @@ def watched(kernel: Callable[..., Any], inputs: Inputs, **options: Any) -> SizeW
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)])
-@pytest.mark.parametrize("kernel", [cross_entropy_sums, token_log_probs])
+@pytest.mark.parametrize("kernel", [cross_entropy_sums, token_log_probs, WITH_ENTROPY])
 def test_no_tensor_is_as_large_as_tokens_times_vocabulary(
     kernel: Callable[..., Any], trained: tuple[str, ...], dtype: torch.dtype
 ):
@@ -269,6 +341,23 @@ def test_the_watcher_sees_the_buffer_of_a_trained_head_and_none_without_gradient
     assert sum(shape == (64, 8) for shape in shapes) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_entropy_costs_one_buffer_of_a_chunk_and_nothing_where_it_is_not_asked_for(
+    softcap: float | None, dtype: torch.dtype
+):
+    def num_buffers(**options: bool) -> int:
+        inputs = make_inputs(Case(softcap=softcap), dtype=dtype, sizes=(2, 48, 8, 500))
+        with SizeWatcher() as watcher:
+            token_statistics(*inputs, chunk_size=64, **options).log_probs.sum().backward()  # one chunk
+        assert watcher.largest == 64 * 500
+        return len(watcher.memories(64 * 500))
+
+    plain = num_buffers()
+    assert num_buffers(with_entropy=False) == plain
+    assert num_buffers(with_entropy=True) == plain + 1
+
+
 def test_the_watcher_sees_all_logits_of_the_naive_path():
     inputs = make_inputs(Case(), dtype=torch.float32, sizes=(2, 48, 8, 500))
     assert watched(naive_log_probs, inputs).largest == 96 * 500
@@ -294,6 +383,10 @@ def test_with_nothing_counted_the_zero_is_still_connected(kernel: Callable[..., 
     expected = {name: torch.zeros_like(leaf) for name, leaf in inputs.leaves().items()}
     torch.testing.assert_close(inputs.grads(), expected, rtol=0, atol=0)
     assert cross_entropy_sums(*inputs).num_correct.item() == 0
+    statistics = token_statistics(*inputs, with_entropy=True)
+    assert statistics.entropy is not None
+    assert not statistics.entropy.any()
+    assert not statistics.is_correct.any()
 
 
 @pytest.mark.parametrize("case", [CASES["all of them"], CASES["frozen head"]])
@@ -326,6 +419,8 @@ def test_of_equal_logits_the_first_is_the_prediction():
     assert cross_entropy_sums(hidden, OutputLayer(weight), torch.tensor([[0, 1, 2, 3]])).num_correct.item() == 1
     assert cross_entropy_sums(hidden, OutputLayer(weight), torch.tensor([[1, 1, 2, 0]])).num_correct.item() == 2
     assert cross_entropy_sums(hidden, OutputLayer(0 * weight), torch.tensor([[0, 0, 1, 3]])).num_correct.item() == 2
+    is_correct = token_statistics(hidden, OutputLayer(weight), torch.tensor([[1, IGNORE, 2, 1]])).is_correct
+    assert is_correct.tolist() == [[True, False, False, True]]
 
 
 def test_large_logits_stay_finite():
@@ -336,6 +431,17 @@ def test_large_logits_stay_finite():
     assert sums.nll.item() == 20000.0
     assert weight.grad is not None
     assert weight.grad.flatten().tolist() == [1.0, -1.0, 0.0]
+
+
+def test_under_bf16_autocast_the_entropy_is_close_to_float32():
+    inputs = make_inputs(Case(bias=True, softcap=5.0), dtype=torch.float32, sizes=(2, 48, 16, 300))
+    full = WITH_ENTROPY(*inputs).entropy
+    with torch.autocast("cpu", torch.bfloat16):
+        half = WITH_ENTROPY(*inputs, chunk_size=32).entropy
+    assert half is not None
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=2e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("kernel", [lambda *a: cross_entropy_sums(*a, chunk_size=32).nll, token_log_probs])
@@ -364,7 +470,7 @@ def test_under_bf16_autocast_it_is_close_to_float32_and_gradients_keep_their_typ
 def test_half_precision_weights_get_gradients_of_their_type_summed_in_float32(
     block_rows: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("lf_lightning.losses.log_probs.WEIGHT_BLOCK_ROWS", block_rows)
+    monkeypatch.setattr("lf_lightning.losses.chunks.WEIGHT_BLOCK_ROWS", block_rows)
     inputs = make_inputs(Case(), dtype=torch.bfloat16, sizes=(1, 768, 4, 5))
     sums = cross_entropy_sums(*inputs, chunk_size=1)  # 512 additions: a sum kept in bfloat16 would lose most of them
     sums.nll.backward()
@@ -391,8 +497,11 @@ def test_float32_at_a_real_vocabulary_is_as_exact_as_the_naive_path(seed: int):
     weight = torch.randn(50_000, 8, generator=generator)
     targets = torch.randint(50_000, (1, 6), generator=generator)
     exact = naive_log_probs(hidden.double(), OutputLayer(weight.double()), targets)
-    found = token_log_probs(hidden, OutputLayer(weight), targets, chunk_size=4)
-    torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=0)
+    found = token_statistics(hidden, OutputLayer(weight), targets, chunk_size=4, with_entropy=True)
+    torch.testing.assert_close(found.log_probs.double(), exact, rtol=2e-6, atol=0)
+    exact_entropy = naive_entropy(hidden.double(), OutputLayer(weight.double()), targets)
+    assert found.entropy is not None
+    torch.testing.assert_close(found.entropy.double(), exact_entropy, rtol=2e-6, atol=2e-6)
 
 
 def test_a_chunk_size_below_one_and_mixed_types_are_refused():
@@ -401,3 +510,81 @@ def test_a_chunk_size_below_one_and_mixed_types_are_refused():
         token_log_probs(*inputs, chunk_size=0)
     with pytest.raises(AssertionError, match=r"hidden is torch\.bfloat16, the output layer torch\.float32"):
         cross_entropy_sums(inputs.hidden.bfloat16(), inputs.layer, inputs.targets)
+
+
+VALUES = torch.tensor([[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0]], dtype=torch.float64)
+SEQUENCES = torch.tensor([[2, 3, 0, 2], [0, 0, 3, 2]])  # three sequences, mixed; the second has no position
+
+
+def test_the_sums_of_sequences_are_those_worked_out_by_hand():
+    values = VALUES.clone().requires_grad_()
+    sums = sequence_sums(values, SEQUENCES, 3)
+    assert sums.tolist() == [52.0, 0.0, 137.0]  # 4 + 16 + 32, nothing, 1 + 8 + 128
+    assert sequence_lengths(SEQUENCES, 3).tolist() == [3, 0, 3]
+    assert sequence_lengths(SEQUENCES, 3).dtype == torch.int64
+    (sums * torch.tensor([3.0, 5.0, 7.0])).sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [[7.0, 0.0, 3.0, 7.0], [3.0, 3.0, 0.0, 7.0]]
+
+
+@pytest.mark.parametrize(
+    ("front_lengths", "sums", "counted"),
+    [
+        ([2, 2, 2], [20.0, 0.0, 9.0], [[1, 0, 1, 1], [1, 0, 0, 0]]),
+        ([1, 0, 3], [4.0, 0.0, 137.0], [[1, 0, 1, 1], [0, 0, 0, 1]]),
+        ([0, 1, 9], [0.0, 0.0, 137.0], [[1, 0, 0, 1], [0, 0, 0, 1]]),
+    ],
+)
+def test_the_sums_of_fronts_are_those_worked_out_by_hand(
+    front_lengths: list[int], sums: list[float], counted: list[list[int]]
+):
+    values = VALUES.clone().requires_grad_()
+    found = front_sums(values, SEQUENCES, torch.tensor(front_lengths))
+    assert found.tolist() == sums
+    found.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == counted
+
+
+def test_of_no_sequence_there_are_empty_sums_that_are_still_connected():
+    values = VALUES.clone().requires_grad_()
+    nowhere = torch.zeros_like(SEQUENCES)
+    sums = sequence_sums(values, nowhere, 0)
+    fronts = front_sums(values, nowhere, torch.empty(0, dtype=torch.int64))
+    assert sums.shape == fronts.shape == sequence_lengths(nowhere, 0).shape == (0,)
+    (sums.sum() + fronts.sum()).backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [[0.0] * 4] * 2
+
+
+def test_sums_of_sequences_do_not_care_how_the_batch_is_laid_out():
+    order = [2, 0, 4, 1, 3, 6, 5, 7]  # each sequence keeps its own order: 2 4 5 and 0 3 7
+    values, sequences = VALUES.flatten()[order].view(1, 8), SEQUENCES.flatten()[order].view(1, 8)
+    torch.testing.assert_close(sequence_sums(values, sequences, 3), sequence_sums(VALUES, SEQUENCES, 3))
+    fronts = torch.tensor([2, 1, 1])
+    torch.testing.assert_close(front_sums(values, sequences, fronts), front_sums(VALUES, SEQUENCES, fronts))
+
+
+def test_a_long_sequence_is_summed_without_losing_its_small_terms():
+    values = torch.cat([torch.tensor([2.0**24]), torch.ones(1000)]).unsqueeze(0)  # 2^24 + 1 is no float32
+    sums = sequence_sums(values, torch.zeros_like(values, dtype=torch.int64), 1)
+    assert (sums.item(), sums.dtype) == (2.0**24 + 1000, torch.float32)
+
+
+def test_gradcheck_passes_for_the_sums_of_sequences():
+    values = VALUES.clone().requires_grad_()
+    fronts = torch.tensor([1, 0, 2])
+
+    def both(given: Tensor) -> Tensor:
+        return length_desensitized(
+            sequence_sums(given, SEQUENCES, 3), front_sums(given, SEQUENCES, fronts), ld_alpha=0.3
+        )
+
+    assert torch.autograd.gradcheck(both, (values,))
+
+
+def test_tokens_beyond_the_front_weigh_ld_alpha():
+    whole, front = torch.tensor([-10.0, -4.0]), torch.tensor([-4.0, -4.0])
+    assert length_desensitized(whole, front, ld_alpha=0.25).tolist() == [-5.5, -4.0]
+    assert length_desensitized(whole, front, ld_alpha=1.0).tolist() == [-10.0, -4.0]
+    assert length_desensitized(whole, front, ld_alpha=0.0).tolist() == [-4.0, -4.0]

@@ -12,7 +12,7 @@ from lf_lightning.losses.log_probs import token_log_probs
 from lf_lightning.models import Backbone, Full, load_backbone
 from lf_lightning.models.attention import eager_document_attention, sdpa_document_attention
 from lf_lightning.models.generation import generate_answers
-from lf_lightning.types import BackboneSpec, GenerationSpec, PromptBatch, TokenBatch
+from lf_lightning.types import BackboneSpec, Document, GenerationSpec, PromptBatch, TokenBatch
 
 BASE = {
     "hidden_size": 32,
@@ -30,13 +30,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 8},
     "gpt_oss": {"head_dim": 8, "sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "initializer_range": 0.2}
 CASES = [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("mistral", "eager"), ("gemma2", "eager")]
 CASES += [("gpt_oss", "eager")]
 LENGTHS = (5, 9, 12)
 
 
 def build(family: str, attention: str, **changes: Any) -> Backbone:
-    architecture = {"model_type": family, **BASE, **FAMILIES[family], **changes}
+    architecture = {"model_type": family, **(GPT2 if family == "gpt2" else {**BASE, **FAMILIES[family]}), **changes}
     spec = BackboneSpec(architecture=architecture, tokenizer="bytes", attention=attention, dtype="float64")
     backbone = load_backbone(spec, Full(), vocab_size=0, seed=0).eval()
     if family == "gpt_oss":
@@ -60,7 +61,7 @@ def one_row(parts: list[Tensor], *, padding_free: bool) -> TokenBatch:
         input_ids=torch.cat(parts)[None],
         targets=torch.cat(targets)[None],
         positions=torch.cat([torch.arange(len(part)) for part in parts])[None],
-        documents=tuple(len(part) for part in parts) if padding_free else None,
+        documents=tuple(Document(len(part)) for part in parts) if padding_free else None,
         num_units=len(parts),
         num_tokens=sum(len(part) for part in parts),
     )
@@ -178,7 +179,9 @@ def test_both_kernels_equal_attention_written_out_token_by_token(kernel: Any, wi
     query = torch.randn(1, 4, 12, 8, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, 12, 8, generator=generator, dtype=torch.float64)
     module = torch.nn.Identity()
-    got, weights = kernel(module, query, key, value, None, documents=(5, 1, 6), sliding_window=window)
+    got, weights = kernel(
+        module, query, key, value, None, documents=(Document(5), Document(1), Document(6)), sliding_window=window
+    )
     assert weights is None
     torch.testing.assert_close(got[0], written_out(query, key, value, (5, 1, 6), window), rtol=0, atol=1e-12)
 
@@ -188,9 +191,150 @@ def test_the_scaling_of_a_family_replaces_one_over_the_root_of_the_width() -> No
     query, key, value = torch.randn(3, 1, 2, 6, 8, generator=generator, dtype=torch.float64)
     module = torch.nn.Identity()
     for kernel in (sdpa_document_attention, eager_document_attention):
-        got, _ = kernel(module, query, key, value, None, documents=(6,), scaling=0.5)
+        got, _ = kernel(module, query, key, value, None, documents=(Document(6),), scaling=0.5)
         want = written_out(query * 0.5 * 8**0.5, key, value, (6,), None)
         torch.testing.assert_close(got[0], want, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- branches
+
+TRUNK, BRANCHES, LAST = 6, (5, 7, 3), 4
+
+
+def tree_row() -> tuple[Tensor, tuple[Document, ...], Tensor]:
+    """A document of a trunk and three branches, and a plain one; their documents and positions."""
+    length = TRUNK + sum(BRANCHES) + LAST
+    ids = torch.randint(1, 61, (length,), generator=torch.Generator().manual_seed(2))
+    ranges = [(0, TRUNK), *((TRUNK, TRUNK + branch) for branch in BRANCHES), (0, LAST)]
+    positions = torch.cat([torch.arange(*limits) for limits in ranges])
+    return ids, (Document(TRUNK, BRANCHES), Document(LAST)), positions
+
+
+def sequences_of_the_tree() -> list[list[int]]:
+    """Places in the row of each sequence: trunk and branch, one after the other; and the last document."""
+    starts = [TRUNK, TRUNK + 5, TRUNK + 12]
+    places = [[*range(TRUNK), *range(start, start + n)] for start, n in zip(starts, BRANCHES, strict=True)]
+    return [*places, list(range(21, 25))]
+
+
+def hidden_states(hidden: Tensor, output_layer: Any, targets: Tensor) -> Tensor:
+    return hidden
+
+
+def of_the_tree(backbone: Backbone, *, documents: Any = None, positions: Tensor | None = None) -> Tensor:
+    """Hidden states of the row, by place."""
+    ids, right_documents, right_positions = tree_row()
+    backbone.set_layout("padding_free")
+    found: Tensor = backbone(
+        TokenBatch(
+            ids[None],
+            torch.full_like(ids, -100)[None],
+            (right_positions if positions is None else positions)[None],
+            right_documents if documents is None else documents,
+            1,
+            len(ids),
+        ),
+        kernel=hidden_states,
+    )[0]
+    return found
+
+
+def apart(backbone: Backbone) -> list[Tensor]:
+    """Hidden states of each sequence alone, by transformers' own attention."""
+    ids, *_ = tree_row()
+    with backbone.padded_attention():
+        decoder = backbone.causal_lm.base_model
+        return [
+            decoder(input_ids=ids[places][None], use_cache=False).last_hidden_state[0]
+            for places in sequences_of_the_tree()
+        ]
+
+
+def weighted(parts: list[Tensor]) -> Tensor:
+    """A sum in which each sequence's every number has a weight of its own."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.stack(
+        [(part * torch.randn(part.shape, generator=generator, dtype=torch.float64)).sum() for part in parts]
+    ).sum()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(("family", "attention"), [*CASES, ("gpt2", "sdpa"), ("gpt2", "eager")])
+def test_branches_on_one_trunk_equal_separate_sequences_gradients_too(family: str, attention: str, dtype: str) -> None:
+    tolerance = {"float64": 1e-10 if family == "gpt2" else 1e-6, "float32": 1e-5}[dtype]  # the others norm in float32
+    found = []
+    for shared in (True, False):
+        backbone = build(family, attention).to(getattr(torch, dtype))
+        row = of_the_tree(backbone) if shared else None
+        parts = [row[places] for places in sequences_of_the_tree()] if row is not None else apart(backbone)
+        weighted([part.double() for part in parts]).backward()
+        grads = [parameter.grad for parameter in backbone.parameters() if parameter.grad is not None]
+        found.append(([part.detach() for part in parts], grads))
+    assert len(found[0][1]) == len(found[1][1]) > 10
+    for got, want in zip([*found[0][0], *found[0][1]], [*found[1][0], *found[1][1]], strict=True):
+        scale = want.abs().max().clamp(min=1.0).item()
+        torch.testing.assert_close(got, want, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_leaky_branches_and_positions_that_do_not_restart_are_seen(attention: str) -> None:
+    backbone = build("llama", attention)
+    with torch.no_grad():
+        right = of_the_tree(backbone)
+        leaky = of_the_tree(backbone, documents=(Document(TRUNK + sum(BRANCHES)), Document(LAST)))
+        running = torch.cat([torch.arange(TRUNK + sum(BRANCHES)), torch.arange(LAST)])
+        shifted = of_the_tree(backbone, positions=running)
+    first = slice(0, TRUNK + BRANCHES[0])
+    for wrong in (leaky, shifted):
+        torch.testing.assert_close(wrong[first], right[first], rtol=0, atol=1e-12)
+        assert (wrong[first.stop : 21] - right[first.stop : 21]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kernel", [sdpa_document_attention, eager_document_attention])
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 50])
+def test_a_branch_sees_the_trunk_and_itself_through_the_window(kernel: Any, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 25, 8, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, 25, 8, generator=generator, dtype=torch.float64)
+    documents = (Document(TRUNK, BRANCHES), Document(LAST))
+    got, _ = kernel(torch.nn.Identity(), query, key, value, None, documents=documents, sliding_window=window)
+    for places in sequences_of_the_tree():
+        want = written_out(query[:, :, places], key[:, :, places], value[:, :, places], (len(places),), window)
+        torch.testing.assert_close(got[0, places], want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [sdpa_document_attention, eager_document_attention])
+def test_branches_without_a_trunk_and_a_single_branch_are_documents(kernel: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 9, 8, generator=generator, dtype=torch.float64)
+    module = torch.nn.Identity()
+    want, _ = kernel(module, query, key, value, None, documents=(Document(4), Document(5)))
+    for documents in ((Document(0, (4, 5)),), (Document(1, (3,)), Document(0, (5,))), (Document(4, ()), Document(5))):
+        got, _ = kernel(module, query, key, value, None, documents=documents)
+        assert torch.equal(got, want)
+
+
+def test_branches_are_not_run_by_an_attention_that_would_let_them_see_each_other() -> None:
+    ids, documents, positions = tree_row()
+    backbone = build("llama", "sdpa")
+    batch = TokenBatch(ids[None], ids[None], positions[None], documents, 1, len(ids))
+    with pytest.raises(ValueError, match="only the attention of the padding-free layout keeps branches"):
+        backbone(batch, kernel=hidden_states)
+
+
+def test_branches_under_gradient_checkpointing_give_the_same_gradients() -> None:
+    found = []
+    for checkpointed in (False, True):
+        backbone = build("llama", "sdpa").train()
+        if checkpointed:
+            backbone.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        weighted([of_the_tree(backbone)]).backward()
+        found.append([parameter.grad for parameter in backbone.parameters() if parameter.grad is not None])
+    assert len(found[0]) == 20
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ---------------------------------------------------------------------- layouts
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -207,7 +351,7 @@ def test_a_padded_mask_raises_instead_of_being_ignored(attention: str) -> None:
 def test_document_lengths_must_fill_the_row() -> None:
     query = torch.zeros(1, 2, 6, 4)
     with pytest.raises(AssertionError, match=r"documents .*fill the"):
-        sdpa_document_attention(torch.nn.Identity(), query, query, query, None, documents=(3, 2))
+        sdpa_document_attention(torch.nn.Identity(), query, query, query, None, documents=(Document(3), Document(2)))
 
 
 @pytest.mark.parametrize(("family", "attention"), CASES)

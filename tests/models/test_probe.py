@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from transformers import AttentionInterface
 
 from lf_lightning import PT, BackboneSpec, DataModule, Full, InputError
-from lf_lightning.models import Backbone, load_backbone
-from lf_lightning.models.probe import check_output_layer, documents_are_isolated
-from lf_lightning.types import Layout
+from lf_lightning.models import Backbone, attention, load_backbone
+from lf_lightning.models.probe import branches_are_isolated, check_output_layer, documents_are_isolated
+from lf_lightning.types import Document, Layout
 
 BASE = {
     "hidden_size": 32,
@@ -66,6 +67,7 @@ def build(family: str, architecture: dict[str, Any], **options: Any) -> Backbone
 def test_a_model_that_keeps_documents_apart_passes(family: str) -> None:
     backbone = build(family, ISOLATING[family])
     assert documents_are_isolated(backbone, "padding_free") is True
+    assert branches_are_isolated(backbone) is True
     assert documents_are_isolated(backbone, "padded") is (family not in ("gpt_oss", "opt"))
 
 
@@ -73,6 +75,7 @@ def test_a_model_that_keeps_documents_apart_passes(family: str) -> None:
 def test_a_model_that_carries_state_or_biases_across_a_row_fails(family: str) -> None:
     backbone = build(family, LEAKING[family])
     assert documents_are_isolated(backbone, "padding_free") is False
+    assert branches_are_isolated(backbone) is False
     assert documents_are_isolated(backbone, "padded") is False
 
 
@@ -82,12 +85,33 @@ def test_a_family_that_drops_the_documents_on_the_way_to_its_attention_is_isolat
 ) -> None:
     backbone = build(family, BASE)
     assert documents_are_isolated(backbone, "padding_free") is False
+    assert branches_are_isolated(backbone) is False
     assert documents_are_isolated(backbone, "padded") is True
 
 
 @pytest.mark.parametrize("layout", ["padded", "padding_free"])
 def test_a_bfloat16_model_passes_too(layout: Layout) -> None:
     assert documents_are_isolated(build("llama", BASE, dtype="bfloat16"), layout) is True
+    assert branches_are_isolated(build("llama", BASE, dtype="bfloat16")) is True
+
+
+def test_an_attention_that_knows_documents_but_no_branches_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind(*arguments: Any, documents: Any, **options: Any) -> Any:
+        plain = tuple(Document(document.num_tokens) for document in documents)
+        return attention.sdpa_document_attention(*arguments, documents=plain, **options)
+
+    register = attention.register
+
+    def register_blind() -> None:
+        register()
+        AttentionInterface.register(attention.SDPA_DOCUMENTS, blind)
+
+    monkeypatch.setattr(attention, "register", register_blind)
+    backbone = build("llama", BASE)
+    assert documents_are_isolated(backbone, "padding_free") is True
+    assert branches_are_isolated(backbone) is False
+    monkeypatch.undo()
+    assert branches_are_isolated(backbone) is True
 
 
 def test_the_probe_leaves_mode_layout_and_random_state_as_they_were() -> None:
@@ -97,6 +121,7 @@ def test_the_probe_leaves_mode_layout_and_random_state_as_they_were() -> None:
         before = torch.random.get_rng_state()
         documents_are_isolated(backbone, "padded")
         documents_are_isolated(backbone, "padding_free")
+        branches_are_isolated(backbone)
         check_output_layer(backbone)
         assert torch.equal(torch.random.get_rng_state(), before)
         assert backbone.training is mode

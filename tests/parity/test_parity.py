@@ -10,13 +10,13 @@ from lf_lightning.__main__ import main
 from tests.cli.runs import log_rows
 from tests.conftest import ROOT
 
-FACTORS = {"pt": 256 / 255, "sft": 1.0, "sft_lora": 1.0}
+FACTORS = {"pt": 256 / 255, **dict.fromkeys(("sft", "sft_lora", "rm", "dpo", "dpo_lora", "kto"), 1.0)}
 """LlamaFactory divides loss and gradient of pt by 256 labels a block, of which 255 are predicted."""
 
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_each_step_is_the_recorded_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: Path):
-    for folder in ("model", "adapter", "data"):
+    for folder in ("model", "model-vh", "adapter", "data"):
         shutil.copytree(parity / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     settings = ROOT / "tests" / "parity" / f"{name}.yaml"

@@ -8,7 +8,17 @@ import pytest
 from lf_lightning.quickstart.make_tasks import TASKS, Dice, main
 
 SHIPPED = resources.files("lf_lightning.quickstart")
-FILES = ("dataset_info.json", "stories.jsonl", "stories_heldout.jsonl", "tasks.json", "tasks_heldout.json")
+FILES = (
+    "dataset_info.json",
+    "feedback.json",
+    "feedback_heldout.json",
+    "pairs.json",
+    "pairs_heldout.json",
+    "stories.jsonl",
+    "stories_heldout.jsonl",
+    "tasks.json",
+    "tasks_heldout.json",
+)
 
 
 def rows(name: str) -> list[dict[str, Any]]:

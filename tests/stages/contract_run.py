@@ -20,7 +20,17 @@ from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lf_lightning
-from lf_lightning import AdamW, BackboneSpec, DataModule, Full, ScheduleSpec
+from lf_lightning import (
+    AdamW,
+    BackboneSpec,
+    DataModule,
+    Full,
+    PreferenceConstants,
+    ReferenceSpec,
+    ScheduleSpec,
+    ValueHeadSpec,
+)
+from lf_lightning.types import FeedbackBatch, PreferenceBatch, TokenBatch
 
 SEED = 3
 LLAMA = {
@@ -47,20 +57,31 @@ def exact_norm(norm: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
     return rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
+def tokens_of(micro_batch: Any) -> TokenBatch:
+    """The tokens of a micro-batch of any kind."""
+    if isinstance(micro_batch, PreferenceBatch):
+        return micro_batch.tokens
+    return micro_batch.responses if isinstance(micro_batch, FeedbackBatch) else micro_batch
+
+
+SPECS = {"reference": ReferenceSpec, "constants": PreferenceConstants, "value_head": ValueHeadSpec}
+
+
 class Recorder(Callback):
     """Keep the gradients, losses and micro-batches of every step, as this rank sees them."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.losses: list[float] = []
+        self.logged: list[dict[str, float]] = []
         self.micro_batches: list[list[tuple[int, int, tuple[int, ...]]]] = []
         self.evaluated_units: list[int] = []
         self.seeds: list[int] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep units, tokens and shape of each micro-batch."""
-        batches = batch.micro_batches
-        self.micro_batches.append([(each.num_units, each.num_tokens, tuple(each.input_ids.shape)) for each in batches])
+        tokens = [tokens_of(each) for each in batch.micro_batches]
+        self.micro_batches.append([(each.num_units, each.num_tokens, tuple(each.input_ids.shape)) for each in tokens])
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         """Keep what random layers were seeded with."""
@@ -68,12 +89,17 @@ class Recorder(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         """Keep the gradients."""
-        parameters = pl_module.backbone.causal_lm.named_parameters()
-        self.gradients.append({name: parameter.grad.clone() for name, parameter in parameters})
+        parameters = dict(pl_module.backbone.causal_lm.named_parameters())
+        head = pl_module.backbone.value_head
+        parameters |= {} if head is None else {f"head.{name}": each for name, each in head.named_parameters()}
+        trained = {name: each for name, each in parameters.items() if each.requires_grad}
+        self.gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the logged loss."""
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
+        values = trainer.callback_metrics.items()
+        self.logged.append({name: float(value) for name, value in values if name.startswith("train/")})
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         """Keep how many units the batch holds."""
@@ -86,7 +112,12 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     seed_everything(SEED)
     spec = backbone_spec(case)
     stage = getattr(lf_lightning, case["stage"])(
-        spec, Full(), AdamW(**ADAMW), ScheduleSpec(kind="constant"), max_grad_norm=None
+        spec,
+        Full(),
+        AdamW(**ADAMW),
+        ScheduleSpec(kind="constant"),
+        max_grad_norm=None,
+        **{name: SPECS[name](**value) if name in SPECS else value for name, value in case.get("init", {}).items()},
     )
     stage.configure_callbacks = list  # no run folder: only the numbers of the step are looked at
     data = DataModule(spec, case["stage"].lower(), cache_dir=str(folder / "cache"), **case["data"])
@@ -113,8 +144,8 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         "micro_batches": recorder.micro_batches,
         "evaluated_units": recorder.evaluated_units,
         "seeds": recorder.seeds,
-        "val_loss": float(trainer.callback_metrics["val/loss"]),
-        "val_accuracy": float(trainer.callback_metrics["val/accuracy"]),
+        "val": {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
+        "logged": recorder.logged,
     }
 
 

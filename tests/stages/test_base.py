@@ -165,7 +165,7 @@ class WeightsOfEachStep(Callback):
         states = trainer.optimizers[0].state.values()
         self.moments.append([state[name].clone() for state in states for name in ("exp_avg", "exp_avg_sq", "step")])
         self.global_steps.append(trainer.global_step)
-        self.skipped.append(pl_module.num_skipped_steps)
+        self.skipped.append(pl_module.guard.num_skipped_steps)
 
 
 @pytest.mark.parametrize("act", [break_loss, break_gradient])

@@ -330,13 +330,13 @@ def differences(each: Case, ranks: list[dict[str, Any]]) -> list[str]:
         for step, (got, right) in enumerate(zip(record["gradients"], want.gradients, strict=False)):
             if not (distance := furthest(got, right)) <= tolerance:
                 found.append(f"{name}, rank {rank}, step {step}: gradients differ by {distance:.1e}")
-        values = [*zip(record["losses"], want.losses, strict=False), (record["val_loss"], want.val_loss)]
+        values = [*zip(record["losses"], want.losses, strict=False), (record["val"]["val/loss"], want.val_loss)]
         found += [
             f"{name}, rank {rank}: loss {got}, not {right}"
             for got, right in values
             if not abs(got - right) <= tolerance * right
         ]
-        if record["val_accuracy"] != pytest.approx(want.val_accuracy, abs=1e-12):
+        if record["val"]["val/accuracy"] != pytest.approx(want.val_accuracy, abs=1e-12):
             found.append(f"{name}, rank {rank}: accuracy {record['val_accuracy']}, not {want.val_accuracy}")
     return found + unequal_shares(each, ranks)
 

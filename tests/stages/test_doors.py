@@ -128,7 +128,7 @@ def test_freeze_trains_over_a_half_precision_folder(tmp_path: Path) -> None:
     trained = {parameter.dtype for parameter in stage.backbone.parameters() if parameter.requires_grad}
     frozen = {parameter.dtype for parameter in stage.backbone.parameters() if not parameter.requires_grad}
     assert (trained, frozen) == ({torch.float32}, {torch.bfloat16})
-    assert stage.total_tokens > 0
+    assert stage.tokens.total > 0
 
 
 def test_the_scaler_is_given_a_gradient_to_skip_where_the_loss_is_not_finite() -> None:

@@ -1,0 +1,80 @@
+"""Reads datasets as one run sees them: with its tokenizer, its template and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lf_lightning.data.encode import EncodeOptions
+from lf_lightning.data.prompts import Prompt, prompt_rows
+from lf_lightning.data.sources import resolve_sources
+from lf_lightning.data.store import TokenStore, build_store
+from lf_lightning.data.templates import Template, load_template
+from lf_lightning.data.tokenizer import fit_tokenizer, load_tokenizer
+from lf_lightning.types import BackboneSpec, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Names = Sequence[str | dict[str, Any]]
+"""Datasets as the configuration names them."""
+
+
+class Reader:
+    """Tokenizer and template are loaded when they are first needed.
+
+    Args:
+        backbone: Whose tokenizer encodes.
+        options: What decides ids and labels.
+        given: The DataModule's options by name.
+    """
+
+    def __init__(self, backbone: BackboneSpec, options: EncodeOptions, given: dict[str, Any]) -> None:
+        self._backbone, self._options, self._given = backbone, options, given
+
+    @cached_property
+    def _both(self) -> tuple[PreTrainedTokenizerBase, Template]:
+        tokenizer = load_tokenizer(self._backbone)
+        template = load_template(self._given["template"], tokenizer, self._options.task)
+        fit_tokenizer(tokenizer, template)
+        return tokenizer, template
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the template that the data is rendered with."""
+        return self._both[0]
+
+    @property
+    def template(self) -> Template:
+        """The chat template."""
+        return self._both[1]
+
+    def store(self, names: Names) -> TokenStore:
+        """Encode datasets, or open them from the cache."""
+        given = self._given
+        return build_store(
+            self._sources(names),
+            self._options,
+            self.tokenizer,
+            self.template,
+            cache_dir=Path(given["cache_dir"]).expanduser() if given["cache_dir"] else None,
+            num_workers=given["num_workers"],
+            max_samples=given["max_samples"],
+            invalid_rows=given["invalid_rows"],
+        )
+
+    def prompts(self, names: Names) -> list[Prompt]:
+        """The prompts of datasets with the answers that the data gives."""
+        return prompt_rows(
+            self._sources(names),
+            self.tokenizer,
+            self.template,
+            task=self._options.task,
+            max_samples=self._given["max_samples"],
+            invalid_rows=self._given["invalid_rows"],
+        )
+
+    def _sources(self, names: Names) -> list[Source]:
+        return resolve_sources(list(names), self._given["dataset_dir"])

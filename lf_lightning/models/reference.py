@@ -1,0 +1,258 @@
+"""The reference: what the policy was before training, or another model, against which it is held."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lf_lightning.models.adapters import Full, LoRA, Tuning
+from lf_lightning.models.loading import load_backbone
+from lf_lightning.types import BackboneSpec, InputError, Kernel, Layout, TokenBatch
+
+if TYPE_CHECKING:
+    from lf_lightning.models.backbone import Backbone
+
+WHERE = "model.init_args.reference"
+Kind = Literal["copy", "adapters_off", "snapshot", "model"]
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """What the policy is held against.
+
+    Args:
+        kind: `copy`: the backbone once more, as it is before training. `adapters_off`: the policy without its adapter.
+            `snapshot`: the policy with its adapter as it is before training. `model`: another model, at `path`.
+            `auto`: `model` where `path` is given; `snapshot` where an adapter is continued; `adapters_off` for a new
+            adapter; else `copy`.
+        path: Folder or hub name of another model; it must read the same tokens.
+        adapter: Folder of an adapter on top of that model.
+        dtype: Type of a separate reference's weights (`copy`, `model`); empty means as the policy's.
+        precompute: Compute the reference's log-probs once before training, and keep them on disk.
+    """
+
+    kind: Literal["auto", "copy", "adapters_off", "snapshot", "model"] = "auto"
+    path: str | None = None
+    adapter: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    precompute: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse options that the kind does not read.
+
+        Raises:
+            InputError: As said.
+        """
+        if self.kind == "model" and self.path is None:
+            raise InputError(f"{WHERE}.path: must be the folder of the reference model, got none. Give it.")
+        if self.path is not None and self.kind not in ("auto", "model"):
+            raise InputError(f"{WHERE}.path: belongs to kind: model, got kind: {self.kind}. Remove one of the two.")
+        if self.adapter is not None and self.path is None:
+            raise InputError(
+                f"{WHERE}.adapter: lies on top of the model at path, got no path. Give path, or remove adapter."
+            )
+        if self.dtype is not None and self.kind in ("adapters_off", "snapshot"):
+            _refuse_dtype(self.kind, self.dtype)
+
+
+def resolved_kind(spec: ReferenceSpec, tuning: Tuning) -> Kind:
+    """Which reference a spec means beside a tuning.
+
+    Raises:
+        InputError: The kind needs an adapter and the tuning has none, or `dtype` belongs to no separate reference.
+    """
+    if spec.kind in ("adapters_off", "snapshot") and not isinstance(tuning, LoRA):
+        raise InputError(
+            f"{WHERE}.kind: {spec.kind} needs a tuning with an adapter, got {type(tuning).__name__}. Use kind: copy."
+        )
+    if spec.kind != "auto":
+        return spec.kind
+    if spec.path is not None:
+        return "model"
+    if not isinstance(tuning, LoRA):
+        return "copy"
+    kind: Kind = "adapters_off" if tuning.adapter is None else "snapshot"
+    if spec.dtype is not None:
+        _refuse_dtype(kind, spec.dtype)
+    return kind
+
+
+def _refuse_dtype(kind: str, dtype: str) -> None:
+    raise InputError(
+        f"{WHERE}.dtype: belongs to a reference with weights of its own, got {dtype} with kind: {kind}, which runs the "
+        "policy's. Remove dtype, or set kind: copy."
+    )
+
+
+class Reference:
+    """A frozen model that runs in evaluation mode. Not a module: its weights are in no checkpoint and no optimizer.
+
+    Args:
+        backbone: The one that runs; the policy itself where the reference is made of its weights.
+        is_separate: Whether `backbone` is not the policy.
+        snapshot: Name of a parameter of `backbone.model` -> what it is held at while the reference runs.
+        with_adapters: Whether the adapters of `backbone` belong to the reference.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        is_separate: bool,
+        snapshot: dict[str, Tensor] | None = None,
+        with_adapters: bool = True,
+    ) -> None:
+        self.backbone, self.is_separate = backbone, is_separate
+        self._snapshot, self._with_adapters = snapshot or {}, with_adapters
+        self._switched: Callable[[], AbstractContextManager[None]] = nullcontext
+        if not with_adapters:
+            self._switched = partial(_adapters_off, backbone)
+        elif self._snapshot:
+            self._switched = self._held
+
+    def forward(self, batch: TokenBatch, *, kernel: Kernel) -> Any:
+        """What `kernel` makes of the reference's hidden states: no dropout, no gradient, the policy left as it was.
+
+        Args:
+            batch: Tokens, (B, T).
+            kernel: As `Backbone.forward` takes it.
+        """
+        was_training = self.backbone.training
+        self.backbone.eval()
+        try:
+            with torch.no_grad(), self._switched():
+                return self.backbone(batch, kernel=kernel)
+        finally:
+            self.backbone.train(was_training)
+
+    def to(self, device: torch.device) -> None:
+        """Move what the reference holds beside the policy."""
+        if self.is_separate:
+            self.backbone.to(device)
+        self._snapshot = {name: tensor.to(device) for name, tensor in self._snapshot.items()}
+
+    def set_layout(self, layout: Layout) -> None:
+        """Switch the attention, as for the policy."""
+        self.backbone.set_layout(layout)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, types and bytes of the reference's weights, whatever run holds them, in hex.
+
+        Where the weights are sharded, every rank must call.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._weights()):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            data = whole.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{name} {data.dtype} {tuple(whole.shape)}\n".encode())
+            digest.update(data.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights that act, by their names without an adapter's wrapping; and how strongly adapters act."""
+        from peft.tuners.lora import LoraLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        model = self.backbone.causal_lm
+        prefix = next(name for name, module in self.backbone.model.named_modules() if module is model)
+        copied = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
+        idle = ".modules_to_save." if not self._with_adapters else ".original_module."
+        for name, tensor in model.state_dict().items():
+            is_adapter = ".lora_" in name and not self._with_adapters
+            if not is_adapter and not (name.startswith(copied) and idle in name):
+                plain = name.replace(".base_layer", "").replace(".original_module", "")
+                plain = plain.replace(".modules_to_save.default", "")
+                yield plain, self._snapshot.get(f"{prefix}.{name}".removeprefix("."), tensor)
+        for name, module in model.named_modules() if self._with_adapters else ():
+            if isinstance(module, LoraLayer):
+                yield f"{name}.scaling", torch.tensor([module.scaling[each] for each in module.active_adapters])
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The adapter as it was, for a while; bit by bit back afterwards."""
+        parameters = dict(self.backbone.model.named_parameters())
+        now = {}
+        for name, then in self._snapshot.items():
+            data = parameters[name].data  # writing to it is not seen by autograd, whose graph is whole again afterwards
+            if isinstance(data, DTensor) and not isinstance(then, DTensor):  # sharded since the snapshot was taken
+                then = self._snapshot[name] = distribute_tensor(then, data.device_mesh, data.placements)
+            now[name] = data.clone()
+            data.copy_(then)
+        try:
+            yield
+        finally:
+            for name, tensor in now.items():
+                parameters[name].data.copy_(tensor)
+
+
+@contextmanager
+def _adapters_off(policy: Backbone) -> Iterator[None]:
+    """The policy without its adapter, for a while; peft freezes parameters on the way, which are thawed again."""
+    model: Any = policy.model
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
+
+
+def load_reference(
+    spec: ReferenceSpec, policy: Backbone, backbone_spec: BackboneSpec, tuning: Tuning, *, vocab_size: int, seed: int
+) -> Reference:
+    """Make the reference that a spec asks for, before the policy trains or is sharded.
+
+    Args:
+        spec: Which reference.
+        policy: As `load_backbone` made it, with the weights that training starts from.
+        backbone_spec: What the policy was loaded from.
+        tuning: How the policy is tuned.
+        vocab_size: Words of the tokenizer.
+        seed: As the policy was loaded with.
+
+    Raises:
+        InputError: The kind does not fit the tuning, or the reference model cannot be loaded.
+    """
+    kind = resolved_kind(spec, tuning)
+    if kind == "adapters_off":
+        return Reference(policy, is_separate=False, with_adapters=False)
+    if kind == "snapshot":
+        trained = {
+            name: parameter.detach().clone()
+            for name, parameter in policy.model.named_parameters()
+            if parameter.requires_grad
+        }
+        return Reference(policy, is_separate=False, snapshot=trained)
+    own = _load_own(spec, kind, backbone_spec, tuning, vocab_size=vocab_size, seed=seed)
+    own.requires_grad_(False)
+    return Reference(own.eval(), is_separate=True)
+
+
+def _load_own(
+    spec: ReferenceSpec, kind: Kind, backbone_spec: BackboneSpec, tuning: Tuning, *, vocab_size: int, seed: int
+) -> Backbone:
+    """A model beside the policy, in the policy's types or in those of the spec."""
+    upcasts = spec.dtype is None and not isinstance(tuning, LoRA)  # as a policy does whose own weights train
+    backbone_spec = replace(backbone_spec, gradient_checkpointing=False)
+    if spec.dtype is not None:
+        backbone_spec = replace(backbone_spec, dtype=spec.dtype)
+        tuning = tuning if isinstance(tuning, LoRA) else Full()  # Freeze casts between types, which are all one here
+    if kind == "model":
+        backbone_spec = replace(backbone_spec, path=spec.path, architecture=None, revision=None)
+        tuning = LoRA(adapter=spec.adapter) if spec.adapter else Full() if isinstance(tuning, LoRA) else tuning
+    try:
+        return load_backbone(backbone_spec, tuning, vocab_size=vocab_size, seed=seed, trains=upcasts)
+    except InputError as error:
+        if kind == "copy":
+            raise
+        message = str(error).replace("model.init_args.tuning.init_args.adapter", f"{WHERE}.adapter")
+        raise InputError(message.replace("model.init_args.backbone", WHERE)) from error
