@@ -71,19 +71,10 @@ class Batches:
         self, units: Sequence[Unit], store: TokenStore, rule: MicroBatchRule, reference: Reference = None
     ) -> StepBatch:
         """This rank's share of an optimizer step."""
-        shares = self._shares(units, store, rule)
-        return StepBatch(tuple(self.micro_batch(share, store, reference) for share in shares))
+        return StepBatch(tuple(self.micro_batch(share, store, reference) for share in self.shares(units, store, rule)))
 
-    def one_by_one(
-        self, units: Sequence[Unit], store: TokenStore, rule: MicroBatchRule, reference: Reference = None
-    ) -> list[partial[StepBatch]]:
-        """This rank's share of a set, each micro-batch a StepBatch of its own, made when it is called for."""
-        return [partial(self._single, share, store, reference) for share in self._shares(units, store, rule)]
-
-    def _single(self, units: Sequence[Unit], store: TokenStore, reference: Reference) -> StepBatch:
-        return StepBatch((self.micro_batch(units, store, reference),))
-
-    def _shares(self, units: Sequence[Unit], store: TokenStore, rule: MicroBatchRule) -> list[list[Unit]]:
+    def shares(self, units: Sequence[Unit], store: TokenStore, rule: MicroBatchRule) -> list[list[Unit]]:
+        """This rank's micro-batches of a step or a set, as their units; an empty one asks for a filler."""
         costs = self.costs(units, store)
         plan = micro_batch_plan(costs, num_ranks=self.num_ranks, rule=rule, layout=self.layout)
         return [[units[position] for position in positions] for positions in plan[self.rank]]

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from numpy.typing import NDArray
 
 from lf_lightning.console import say
-from lf_lightning.data.batches import Batches, Reference, settled_layout, settled_sharing
+from lf_lightning.data.batches import Batches, settled_layout, settled_sharing
 from lf_lightning.data.checks import JUDGING, check_options, check_same_order, given_backbone
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.layout import micro_batch_rules, plan_lines
@@ -200,15 +200,12 @@ class DataModule(LightningDataModule):
         for split in splits[:1]:
             if split not in self.sets:
                 raise InputError(f"data.{SETS[split]}: must name at least one dataset, got none. Name one.")
-        for split in splits:
-            if split in self.sets and self.names[split]:
-                for line in self.sets.lines(split):
-                    say(line)
+        for line in [line for split in splits for line in self.sets.lines(split)]:
+            say(line)
 
     def _wanted(self, verb: str) -> tuple[Split, ...]:
         """The sets that are encoded for what the trainer does; the first must exist."""
-        scores = verb == "predict" and self.task == "rm"
-        return (self.sets.predicted,) if scores else WANTED.get(verb, ())
+        return (self.sets.predicted,) if verb == "predict" and self.task == "rm" else WANTED.get(verb, ())
 
     def train_dataloader(self) -> StepLoader:
         """The optimizer steps of this rank."""
@@ -314,16 +311,18 @@ class DataModule(LightningDataModule):
         )
 
     def _arrange(self, units: Sequence[Unit], epoch: int) -> StepBatch:
-        store, reference = self.sets["train"].store, self._stored("train", epoch)
-        return self._batches.step(units, store, self.rule, reference)
+        reference = self.stored_reference.get(self.reference_key("train", epoch))
+        return self._batches.step(units, self.sets["train"].store, self.rule, reference)
 
     def _one_by_one(self, split: Split, epoch: int = 0, *, stored: bool = True) -> list[partial[StepBatch]]:
-        reference = self._stored(split, epoch) if stored else None
-        return self._batches.one_by_one(self.units(split, epoch), self.sets[split].store, self.eval_rule, reference)
+        shares = self._batches.shares(self.units(split, epoch), self.sets[split].store, self.eval_rule)
+        return [partial(self._single, split, epoch, share, stored=stored) for share in shares]
 
-    def _stored(self, split: Split, epoch: int) -> Reference:
-        return self.stored_reference.get(self.reference_key(split, epoch))
+    def _single(self, split: Split, epoch: int, units: Sequence[Unit], *, stored: bool) -> StepBatch:
+        """Collated as things stand when it is asked for: Lightning asks for lengths before the layout is settled."""
+        reference = self.stored_reference.get(self.reference_key(split, epoch)) if stored else None
+        return StepBatch((self._batches.micro_batch(units, self.sets[split].store, reference),))
 
     def _prompt_batches(self, split: Split, batch_size: int) -> list[partial[PromptBatch]]:
-        pad_id = int(self.tokenizer.pad_token_id)
-        return self._batches.prompts(self.prompts(split), batch_size=batch_size, pad_id=pad_id)
+        chosen, pad_id = self.prompts(split), int(self.tokenizer.pad_token_id)
+        return self._batches.prompts(chosen, batch_size=batch_size, pad_id=pad_id)

@@ -95,8 +95,8 @@ class EncodedSets:
         return self._open[split]
 
     def lines(self, split: Split) -> list[str]:
-        """What was kept, cut and dropped of each dataset of a set."""
-        return [summary.line() for summary in self[split].store.summaries]
+        """What was kept, cut and dropped of each dataset of a set; nothing where it names none of its own."""
+        return [summary.line() for summary in self[split].store.summaries] if self._names[split] else []
 
     @property
     def predicted(self) -> Split:

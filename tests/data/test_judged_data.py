@@ -156,6 +156,19 @@ def test_stored_reference_log_probs_of_feedback_belong_to_their_epoch() -> None:
         assert batch.reference[:, 0].tolist() == (2 * batch.rows).tolist()
 
 
+def test_a_loader_whose_length_was_asked_for_follows_what_is_settled_later() -> None:
+    module = data("dpo", pairs(6), val_size=2, seed=0)
+    loaders = [module.val_dataloader(), module.reference_batches("val"), module.train_dataloader()]
+    assert [len(loader) for loader in loaders] == [1, 1, 1]  # type: ignore[arg-type]  # there is a validation set
+    module.resolve_layout(ALL)
+    module.stored_reference["val", 0] = np.zeros((6, 2, 2))
+    (val,), (computed,), (train,) = map(flat, loaders)
+    for batch in (val, computed, train):
+        assert batch.tokens.documents is not None
+        assert any(document.branches for document in batch.tokens.documents)
+    assert (val.reference is None, computed.reference, train.reference) == (False, None, None)
+
+
 def test_liked_rows_are_counted_in_each_set() -> None:
     assert data("kto", tags(8)).num_desirable("train") == (2, 6)
     module = data("kto", tags(8), val_size=3, seed=0)
