@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 from docstring_parser import parse
 from lightning.pytorch import Callback
@@ -58,12 +58,14 @@ def page() -> str:
     sections = [HEAD, section("Top of the configuration", TOP), "## trainer\n\n" + TRAINER + trainer_defaults()]
     sections.append(class_section("checkpoint", RunCheckpoint))
     stages = sorted(leaves(Stage), key=lambda kind: kind.__name__)
-    lines = [f"- `{kind.__name__}`: {summary(kind)}" for kind in stages]
+    lines = [f"- `{kind.__name__}`: {parse(inspect.getdoc(kind) or '').short_description}" for kind in stages]
     sections.append("## model.class_path\n\n" + "\n".join(lines) + "\n")
     sections.append(class_section("model.init_args", Stage, say=False))
     common = set(inspect.signature(Stage).parameters)
     sections += [
-        class_section(f"model.init_args: {kind.__name__}", kind, leave_out=common, say=False) for kind in stages
+        class_section(f"model.init_args: {kind.__name__}", kind, leave_out=common, say=False)
+        for kind in stages
+        if options(kind, leave_out=common)
     ]
     sections.append(class_section("model.init_args.backbone", BackboneSpec))
     for group, base in (("tuning", Tuning), ("optimizer", OptimizerSpec)):
@@ -105,7 +107,7 @@ def summary(kind: type) -> str:
 
 def class_section(place: str, kind: type, *, leave_out: Iterable[str] = (), say: bool = True) -> str:
     """A class under the place in the configuration where its options stand."""
-    rows = [row for row in options(kind) if row[0] not in leave_out]
+    rows = options(kind, leave_out=leave_out)
     return section(place, rows, text=summary(kind) if say else "")
 
 
@@ -118,16 +120,26 @@ def section(place: str, rows: list[tuple[str, str, str, str]], *, text: str = ""
     return "\n".join(lines).rstrip() + "\n"
 
 
-def options(kind: type) -> list[tuple[str, str, str, str]]:
-    """Name, type, default and meaning of every argument of a class."""
+def options(kind: type, *, leave_out: Iterable[str] = ()) -> list[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of the arguments of a class."""
     meanings = {item.arg_name: item.description or "" for item in parse(inspect.getdoc(kind) or "").params}
-    parameters = [each for each in inspect.signature(kind).parameters.values() if each.kind is not each.VAR_KEYWORD]
+    signature = inspect.signature(kind).parameters
+    parameters = [
+        each for name, each in signature.items() if each.kind is not each.VAR_KEYWORD and name not in leave_out
+    ]
     missing = [each.name for each in parameters if each.name not in meanings]
     assert not missing, f"{kind.__name__} does not explain {', '.join(missing)}"
     return [
-        (each.name, readable(str(each.annotation)), default_of(each), " ".join(meanings[each.name].split()))
+        (each.name, readable(annotation_of(each, kind)), default_of(each), " ".join(meanings[each.name].split()))
         for each in parameters
     ]
+
+
+def annotation_of(parameter: inspect.Parameter, kind: type) -> str:
+    """The type of an argument, as written; the words of a Literal where it is the name of one."""
+    written = str(parameter.annotation)
+    named = vars(inspect.getmodule(kind)).get(written)
+    return str(named).removeprefix("typing.") if get_origin(named) is Literal else written
 
 
 def readable(annotation: str) -> str:

@@ -96,7 +96,7 @@ def model_card(trainer: Trainer, stage: Any, config: str) -> str:
     """A model card in the hub's form: base model, data, last values, configuration."""
     spec = stage.backbone_spec
     data = trainer.datamodule  # type: ignore[attr-defined]
-    names = [str(name) for name in data.names["train"]] if data is not None else []
+    names = [_shown(entry) for entry in data.names["train"]] if data is not None else []
     metrics = {
         name: float(value)
         for name, value in sorted(trainer.callback_metrics.items())
@@ -110,6 +110,13 @@ def model_card(trainer: Trainer, stage: Any, config: str) -> str:
     body += [f"- optimizer steps: {trainer.global_step}", ""]
     table = ["| value | at the end |", "|---|---|"] + [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
     return "\n".join([*head, *body, *table, "", "## Configuration", "", "```yaml", config.rstrip(), "```", ""])
+
+
+def _shown(dataset: str | dict[str, Any]) -> str:
+    """A dataset by its name or path; rows that stand in the configuration are not repeated."""
+    if isinstance(dataset, str):
+        return dataset
+    return str(dataset.get("name") or dataset.get("path") or dataset.get("file_name") or "records")
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -78,7 +78,7 @@ def fill_stored_reference(stage: JudgementStage, reference: Reference) -> None:
     evaluated = "test" if stage.trainer.state.fn == "test" else "val"
     jobs += [(evaluated, 0)] if evaluated in data.sets else []
     for split, epoch in jobs:
-        parts = f"{fingerprint} {data.sets[split].store.fingerprint} {stage.trainer.precision}"
+        parts = f"{fingerprint} {data.sets[split].store.fingerprint} {data.max_length} {stage.trainer.precision}"
         key = hashlib.sha256(parts.encode()).hexdigest()[:32]
         name = table_name(data.units(split, epoch))
         path = folder / key / name if folder is not None else None
