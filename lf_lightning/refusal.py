@@ -123,6 +123,8 @@ def _unknown(path: str, option: str) -> str:
     first_wrong = next((part for part in where.split(".")[:1] if part not in TOP), None)
     if first_wrong is not None:
         return f"{where}: there is no such option. {_hint(first_wrong, TOP)}"
+    if len(above) == 2 and above[-1] in OWNERS and above[-1] not in CHOICES and leaf in _options(above[-1]):
+        return _unknown(where.rsplit(".", 2)[0], above[-1])  # the class above has no such group at all
     names = list(_options(above[-1])) if above and above[-1] in OWNERS else [n for o in OWNERS for n in _options(o)]
     if leaf in names:
         owners = [kind.__name__ for kind in OWNERS[above[-1]] if leaf in inspect.signature(kind).parameters]

@@ -57,9 +57,7 @@ class Unit(NamedTuple):
     """What counts as one towards the global batch size: a sequence, a pack, a pair, or a feedback row."""
 
     spans: tuple[Span, ...]
-    partner: int | None = (
-        None  # feedback: the document whose response is this unit's KL partner, if any
-    )
+    partner: int | None = None  # feedback: the document whose response is this unit's KL partner, if any
 
     @property
     def num_tokens(self) -> int:
@@ -105,9 +103,7 @@ class PreferenceBatch(NamedTuple):
     tokens: TokenBatch
     rows: Tensor  # (P,) int64: document of each pair in its store, by which reference log-probs are kept
     margins: Tensor  # (P,) float64: how much better the chosen response is; 0 where the data does not say
-    reference: Tensor | None = (
-        None  # (P, 2, 2) reference log-probs: chosen, rejected x whole, front; no gradient
-    )
+    reference: Tensor | None = None  # (P, 2, 2) reference log-probs: chosen, rejected x whole, front; no gradient
 
     @property
     def num_units(self) -> int:

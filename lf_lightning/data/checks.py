@@ -109,7 +109,7 @@ def check_task(source: Source, task: Task) -> None:
             f"{source.name}: holds {_holds(source)}, {task} wants {wanted}. {advice}, or use {_stage_of(source)}."
         )
     if kind == "ranking":
-        _check_ranking(source)
+        _check_ranking(source, task)
     if task == "pt":
         _check_texts(source)
     elif source.formatting == "text":
@@ -140,7 +140,7 @@ def _stage_of(source: Source) -> str:
     return "model.class_path: PT" if source.formatting == "text" else "model.class_path: SFT"
 
 
-def _check_ranking(source: Source) -> None:
+def _check_ranking(source: Source, task: Task) -> None:
     missing = [side for side in ("chosen", "rejected") if side not in source.columns]
     if missing:
         raise InputError(
@@ -149,6 +149,8 @@ def _check_ranking(source: Source) -> None:
         )
     if not source.ranking:
         raise InputError(f"{source.name}: ranking must be true where columns name chosen and rejected. Set it.")
+    if task == "dpo" and "margin" in source.columns:
+        raise InputError(f"{source.name}: columns.margin is read by rm alone, got it with dpo. Remove it from columns.")
 
 
 def _check_texts(source: Source) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lf_lightning.types import InputError
 
-EXO_SMOOTHING = 1e-3
+ROBUST_SMOOTHING, EXO_SMOOTHING = 0.1, 1e-3
 """Label smoothing of `exo_pair_loss` where none is asked for."""
 
 
@@ -58,12 +58,13 @@ class PreferenceConstants:
     """Constants that only some losses read.
 
     Args:
-        label_smoothing: Share of pairs whose label is taken to be wrong, in [0, 0.5): `sigmoid`, `robust`, `exo_pair`.
+        label_smoothing: Share of pairs whose label is taken to be wrong, in [0, 0.5). Empty: 0 for `sigmoid`, 0.1 for
+            `robust`, 0.001 for `exo_pair`; the last two have no 0.
         simpo_gamma: Margin by which the chosen reward should be ahead, >= 0: `simpo`.
         discopop_tau: Log-ratio over which one form turns into the other, > 0: `discopop`.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: float | None = None
     simpo_gamma: float = 0.5
     discopop_tau: float = 0.05
 
@@ -74,7 +75,7 @@ class PreferenceConstants:
             InputError: As said.
         """
         for name, holds, want in (
-            ("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
+            ("label_smoothing", self.label_smoothing is None or 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
             ("simpo_gamma", 0 <= self.simpo_gamma < torch.inf, "0 or more"),
             ("discopop_tau", 0 < self.discopop_tau < torch.inf, "positive"),
         ):
@@ -144,7 +145,7 @@ def kto_pair_loss(ratios: LogRatios, *, beta: float, kl: StepKL) -> Tensor:
     return (of_chosen + of_rejected) / 2
 
 
-def robust_loss(ratios: LogRatios, *, beta: float, label_smoothing: float) -> Tensor:
+def robust_loss(ratios: LogRatios, *, beta: float, label_smoothing: float = ROBUST_SMOOTHING) -> Tensor:
     """DPO without the bias of flipped labels: [-(1 - e) log sig(b d) + e log sig(-b d)] / (1 - 2 e), e in [0, 0.5).
 
     Source: rDPO, Chowdhury et al. 2024, arXiv:2403.00409. May be negative; with e = 0 it is `sigmoid_loss`.
@@ -155,15 +156,15 @@ def robust_loss(ratios: LogRatios, *, beta: float, label_smoothing: float) -> Te
     return (clean - flipped) / (1 - 2 * label_smoothing)
 
 
-def exo_pair_loss(ratios: LogRatios, *, beta: float, label_smoothing: float) -> Tensor:
+def exo_pair_loss(ratios: LogRatios, *, beta: float, label_smoothing: float = EXO_SMOOTHING) -> Tensor:
     """Reverse KL between the policy's preference and the data's: q log(q / (1 - e)) + (1 - q) log((1 - q) / e).
 
-    q = sig(b d). The loss has no value at e = 0, so 0 stands for e = 1e-3.
+    q = sig(b d), e = label_smoothing in (0, 0.5): there is no value at 0.
 
     Source: EXO, Ji et al. 2024, arXiv:2402.00856, eq. 16.
     """
     scaled = beta * ratios.margin
-    smoothing = torch.as_tensor(label_smoothing or EXO_SMOOTHING, dtype=scaled.dtype, device=scaled.device)
+    smoothing = torch.as_tensor(label_smoothing, dtype=scaled.dtype, device=scaled.device)
     chosen = torch.sigmoid(scaled) * (F.logsigmoid(scaled) - torch.log1p(-smoothing))
     return chosen + torch.sigmoid(-scaled) * (F.logsigmoid(-scaled) - smoothing.log())
 
@@ -294,7 +295,8 @@ def _entry(
     def function(ratios: LogRatios, *, beta: float, constants: PreferenceConstants, kl: StepKL | None = None) -> Tensor:
         assert kl is not None or not uses_step_kl, f"{loss.__name__} needs the KL of the step"
         wanted = {name: vars(constants)[name] for name in options}
-        return loss(ratios, beta=beta, **wanted, **({"kl": kl} if uses_step_kl else {}))
+        given = {name: value for name, value in wanted.items() if value is not None}
+        return loss(ratios, beta=beta, **given, **({"kl": kl} if uses_step_kl else {}))
 
     return PreferenceLoss(function, uses_means, uses_reference, uses_step_kl, options)
 

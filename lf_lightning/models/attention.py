@@ -172,7 +172,11 @@ def _mask(num_queries: int, num_keys: int, sliding_window: int | None, device: t
     """What the fused kernel takes as its mask; None where it needs no more than to be causal."""
     if sliding_window is not None and num_keys > sliding_window:
         return _visible(num_queries, num_keys, sliding_window, device)
-    return None if num_queries == num_keys else causal_lower_right(num_queries, num_keys)
+    if num_queries == num_keys:
+        return None
+    if device.type == "cuda":  # flash attention takes this one without a mask; elsewhere it becomes a mask anyway
+        return causal_lower_right(num_queries, num_keys)
+    return _visible(num_queries, num_keys, None, device)
 
 
 def _visible(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lf_lightning.models.backbone import Backbone
 
 WHERE = "model.init_args.reference"
+IDLE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Entries of a configuration that change no number."""
 Kind = Literal["copy", "adapters_off", "snapshot", "model"]
 
 
@@ -144,11 +147,15 @@ class Reference:
         self.backbone.set_layout(layout)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, types and bytes of the reference's weights, whatever run holds them, in hex.
+        """SHA-256 over the reference's weights and what its configuration computes with them, in hex.
+
+        The same whatever run holds them.
 
         Where the weights are sharded, every rank must call.
         """
-        digest = hashlib.sha256()
+        config = self.backbone.causal_lm.config.to_dict()
+        acts = {name: value for name, value in config.items() if name not in IDLE and "drop" not in name}
+        digest = hashlib.sha256(json.dumps(acts, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self._weights()):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             data = whole.detach().cpu().contiguous().reshape(-1)

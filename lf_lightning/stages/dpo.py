@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, final
 
@@ -211,7 +212,7 @@ class DPO(JudgementStage):
         means = [total / max(num_pairs, 1) for total in (chosen, rejected)]
         self._kl = StepKL(*(ratios.chosen.new_tensor(max(mean, 0.0)) for mean in means))
         reward = self.beta * sum(means) / 2
-        if training and self.bco_weight and abs(reward) < float("inf"):
+        if training and self.bco_weight and math.isfinite(reward):
             self.memory["bco_sum"] = self.memory.get("bco_sum", 0.0) + reward
             self.memory["bco_steps"] = self.memory.get("bco_steps", 0.0) + 1
 
@@ -230,9 +231,9 @@ def check_numbers(*, beta: float, ftx: float, bco_weight: float, ld_alpha: float
         InputError: As said.
     """
     for name, value, holds, want in (
-        ("beta", beta, beta > 0, "positive"),
-        ("ftx", ftx, ftx >= 0, "0 or more"),
-        ("bco_weight", bco_weight, bco_weight >= 0, "0 or more"),
+        ("beta", beta, 0 < beta < math.inf, "positive"),
+        ("ftx", ftx, 0 <= ftx < math.inf, "0 or more"),
+        ("bco_weight", bco_weight, 0 <= bco_weight < math.inf, "0 or more"),
         ("ld_alpha", ld_alpha, 0 <= ld_alpha <= 1, "in [0, 1]"),
     ):
         if not holds:
@@ -250,6 +251,10 @@ def check_loss(loss: str, *, reference: ReferenceSpec, constants: PreferenceCons
         raise InputError(f"{where}.reference: {loss} knows no reference, got one. Remove it, or take another loss.")
     if not entry.uses_reference and bco_weight:
         raise InputError(f"{where}.bco_weight: needs a loss with a reference, got {loss}. Set it to 0.")
+    if loss in ("robust", "exo_pair") and constants.label_smoothing == 0:
+        raise InputError(
+            f"{where}.constants.label_smoothing: must be above 0 for {loss}, got 0. Leave it out, or try 0.1."
+        )
     plain = vars(PreferenceConstants())
     for name, value in vars(constants).items():
         if value != plain[name] and name not in entry.options:

@@ -229,10 +229,10 @@ def check_weights(*, beta: float, desirable_weight: float, undesirable_weight: f
         InputError: As said.
     """
     for name, value, holds, want in (
-        ("beta", beta, beta > 0, "positive"),
-        ("desirable_weight", desirable_weight, desirable_weight >= 0, "0 or more"),
-        ("undesirable_weight", undesirable_weight, undesirable_weight >= 0, "0 or more"),
-        ("ftx", ftx, ftx >= 0, "0 or more"),
+        ("beta", beta, 0 < beta < math.inf, "positive"),
+        ("desirable_weight", desirable_weight, 0 <= desirable_weight < math.inf, "0 or more"),
+        ("undesirable_weight", undesirable_weight, 0 <= undesirable_weight < math.inf, "0 or more"),
+        ("ftx", ftx, 0 <= ftx < math.inf, "0 or more"),
     ):
         if not holds:
             raise InputError(f"model.init_args.{name}: must be {want}, got {value}. Correct it.")

@@ -40,10 +40,11 @@ class Table(NamedTuple):
         if path is not None and path.is_file():
             try:
                 found = np.load(path)
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path}: cannot be read, got {error}. Remove the file.") from error
-            if found.shape != values.shape:
-                raise InputError(f"{path}: must have shape {values.shape}, got {found.shape}. Remove the file.")
+            except (OSError, ValueError, EOFError) as error:
+                raise InputError(f"{path}: must hold an array, got a file that cannot be read. Remove it.") from error
+            if (found.shape, found.dtype) != (values.shape, values.dtype):
+                got = f"{found.dtype} of shape {found.shape}"
+                raise InputError(f"{path}: must hold float64 of shape {values.shape}, got {got}. Remove the file.")
             values = found
         return cls(path, values)
 
@@ -89,6 +90,7 @@ def num_epochs(stage: JudgementStage) -> int:
     """Epochs whose units need numbers of their own: all of the run where pairs are drawn anew, else one."""
     if stage.data.reference_key("train", 1) == stage.data.reference_key("train", 0):
         return 1
+    stage.trainer.fit_loop.setup_data()  # else a run that max_steps ends would not know how long an epoch is
     total = stage.trainer.estimated_stepping_batches
     return max(1, -(-int(total) // max(int(stage.trainer.num_training_batches), 1)))
 

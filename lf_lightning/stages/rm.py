@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, final
 
 from torch import Tensor
@@ -75,7 +76,7 @@ class RM(JudgementStage):
             non_finite=non_finite,
             generation=generation,
         )
-        if not centering >= 0:
+        if not 0 <= centering < math.inf:
             raise InputError(f"model.init_args.centering: must be 0 or more, got {centering}. Try 0.01.")
         self.value_head, self.centering = value_head, centering
 

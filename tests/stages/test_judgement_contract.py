@@ -64,7 +64,7 @@ TRAIN, VAL = pairs(1, NUM_TRAIN), pairs(2, NUM_VAL)
 
 
 def write_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    ranked = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected", "margin": "margin"}
+    ranked = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
     liked = {"prompt": "instruction", "response": "output", "kto_tag": "liked"}
     options: dict[str, dict[str, Any]] = {"ranked": {}, "liked": {}}
     for key, rows in (("datasets", TRAIN), ("eval_datasets", VAL)):
@@ -74,7 +74,10 @@ def write_rows(folder: Path) -> dict[str, dict[str, Any]]:
         (folder / f"liked_{key}.json").write_text(json.dumps(one))
         options["ranked"][key] = [{"path": str(folder / f"ranked_{key}.json"), "ranking": True, "columns": ranked}]
         options["liked"][key] = [{"path": str(folder / f"liked_{key}.json"), "columns": liked}]
-    return {"RM": options["ranked"], "DPO": options["ranked"], "KTO": options["liked"]}
+    scored = {
+        key: [{**entry, "columns": {**ranked, "margin": "margin"}}] for key, (entry,) in options["ranked"].items()
+    }
+    return {"RM": scored, "DPO": options["ranked"], "KTO": options["liked"]}
 
 
 # ---------------------------------------------------------------------- formulas, written out
