@@ -113,10 +113,13 @@ class Row(NamedTuple):
 
 
 def lengths_of(group: Group, arguments: argparse.Namespace) -> NDArray[np.int64]:
-    """Tokens of the prompt and of two responses of each row; those of the first step are short; (rows, 3)."""
+    """Tokens of the prompt and of two responses of each row; (rows, 3).
+
+    Those of the first step are short, and the last step is never made: ours would log it.
+    """
     random, num_rows = np.random.default_rng(0), units_of(group, arguments)
     means = arguments.tokens * np.array([group.ratio, 1, 1]) / (group.ratio + 1)
-    noise = random.lognormal(-(arguments.deviation**2) / 2, arguments.deviation, (arguments.steps * num_rows, 3))
+    noise = random.lognormal(-(arguments.deviation**2) / 2, arguments.deviation, ((arguments.steps + 1) * num_rows, 3))
     warm_up = np.full((num_rows, 3), 12)
     return np.concatenate([warm_up, np.clip(means * noise, 4, arguments.most).round().astype(np.int64)])
 
@@ -412,6 +415,9 @@ def measure_all(arguments: argparse.Namespace) -> str:
         **vars(arguments),
         command=" ".join(["python bench/preference.py", *sys.argv[1:]]),
         millions=millions,
+        rows=2 * arguments.pairs,
+        naive_pairs=arguments.naive_rows // 2,
+        padding="?",
         python=platform.python_version(),
         capability=torch.backends.cpu.get_cpu_capability(),
         table="\n".join(["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *lines]),

@@ -104,7 +104,8 @@ def model_card(trainer: Trainer, stage: Any, config: str) -> str:
     }
     head = ["---", "library_name: " + ("peft" if stage.backbone.is_adapter else "transformers")]
     head += [f"base_model: {spec.path}"] if spec.path else []
-    head += ["tags: [lf-lightning, text-generation]", "---", ""]
+    kind = "text-generation" if stage.backbone.value_head is None else "reward-model"
+    head += [f"tags: [lf-lightning, {kind}]", "---", ""]
     body = [f"# {run_folder(trainer).name}", "", f"Trained by lf_lightning's {type(stage).__name__} stage.", ""]
     body += [f"- base model: {spec.path or 'none, built from an architecture'}", f"- data: {', '.join(names)}"]
     body += [f"- optimizer steps: {trainer.global_step}", ""]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from lf_lightning.console import say
 from lf_lightning.models.adapters import LoRA, Tuning
 from lf_lightning.models.sequence_classification import check_has_classifier, export_sequence_classification
 from lf_lightning.models.value_head_files import find_value_head, load_value_head, save_value_head
@@ -95,7 +94,7 @@ class ValueHead(nn.Module):
 
 def add_value_head(
     backbone: Backbone, spec: ValueHeadSpec, *, tuning: Tuning, path: str | None, seed: int, revision: str | None = None
-) -> None:
+) -> bool:
     """Give a backbone a value head that trains, in place of its output layer, which does not.
 
     Args:
@@ -105,6 +104,9 @@ def add_value_head(
         path: Folder or hub name of the backbone; None where it was built from an architecture.
         seed: Seed of new weights.
         revision: Branch, tag or commit of a hub name.
+
+    Returns:
+        Whether the head was loaded, from the adapter or from the backbone; else its weights are new.
 
     Raises:
         InputError: The tuning adapts the output layer, the head to load is missing or does not fit, or the family has
@@ -127,19 +129,19 @@ def add_value_head(
     )
     backbone.value_head = head.train(backbone.training)
     if spec.init == "new":
-        return
+        return False
     names = [tuning.adapter] if isinstance(tuning, LoRA) and tuning.adapter else []
     names += [path] if path else []
     folder = next(filter(None, (find_value_head(name, revision=revision) for name in names)), None)
     if folder is not None:
         load_value_head(head, folder)
-        return
+        return True
     if spec.init == "load":
         raise InputError(
             "model.init_args.value_head.init: load needs value_head.safetensors or value_head.bin in "
             f"{' or '.join(names) or 'backbone.path'}, got neither. Give a reward model's folder, or set init: new."
         )
-    say("value head: new, since neither adapter nor backbone brings one")
+    return False
 
 
 # ---------------------------------------------------------------------- scores

@@ -85,6 +85,8 @@ class JudgementStage(Stage):
         if self.reference_spec is None:
             return
         without_dropout(backbone)
+        if self.trainer.state.fn == "predict":
+            return
         vocab_size = len(self.data.tokenizer) if self.data is not None else 0
         self._reference = load_reference(
             self.reference_spec, backbone, self.backbone_spec, self.tuning, vocab_size=vocab_size, seed=self.seed

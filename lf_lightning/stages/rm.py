@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, final
 
 from torch import Tensor
 
+from lf_lightning.console import say
 from lf_lightning.losses.reward import centering_penalty, reward_loss
 from lf_lightning.models import Backbone, LoRA, Tuning, ValueHeadSpec, add_value_head, score_kernel
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec
@@ -88,9 +89,11 @@ class RM(JudgementStage):
     def extend_backbone(self, backbone: Backbone) -> None:
         """Put the value head on the model."""
         spec = self.backbone_spec
-        add_value_head(
+        is_loaded = add_value_head(
             backbone, self.value_head, tuning=self.tuning, path=spec.path, seed=self.seed, revision=spec.revision
         )
+        if not is_loaded and self.weights_folder is None and self.trainer.ckpt_path is None:
+            say("value head: new, since neither adapter nor backbone brings one")
 
     def step_counts(self, step: StepBatch) -> dict[str, int]:
         """Pairs of the step; they divide everything."""

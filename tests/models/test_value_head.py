@@ -228,15 +228,11 @@ def test_an_adapter_on_the_output_layer_is_refused(base: Path) -> None:
         reward_model(base, LoRA(target=["q_proj", "lm_head"]))
 
 
-def test_auto_loads_the_head_of_the_backbones_folder_and_says_where_there_is_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_loads_the_head_of_the_backbones_folder(tmp_path: Path) -> None:
     first = perturb(reward_model(UNTIED))
-    assert "value head: new" in capsys.readouterr().err
     save_weights(first, tmp_path, base=None, writes=True)
     save_value_head(first, tmp_path, writes=True)
     again = reward_model(tmp_path)
-    assert "value head: new" not in capsys.readouterr().err
     torch.testing.assert_close(scores(again), scores(first), rtol=0, atol=1e-6)
     new = reward_model(tmp_path, head=ValueHeadSpec(init="new"))
     assert not torch.equal(new.value_head.summary.weight, first.value_head.summary.weight)
