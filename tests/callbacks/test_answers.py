@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from lf_lightning.callbacks import AnswersTable, PlainProgress
-from lf_lightning.callbacks.predictions import gather_answers
+from lf_lightning.callbacks.predictions import gather_predictions
 from lf_lightning.types import Answer
 from tests.callbacks.python_run import fit
 
 
 def test_answers_come_in_the_order_of_the_set():
     answers = [Answer(row, f"p{row}", "", "") for row in (2, 0, 1)]
-    assert [answer.prompt for answer in gather_answers(answers)] == ["p0", "p1", "p2"]
+    assert [answer.prompt for answer in gather_predictions(answers)] == ["p0", "p1", "p2"]
 
 
 def test_the_table_shows_answers_before_and_after_and_counts_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

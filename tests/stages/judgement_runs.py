@@ -13,7 +13,7 @@ from lf_lightning.models import Tuning
 from tests.cli.runs import LLAMA, config, lightning, log_rows
 
 STAGES: dict[str, Any] = {"RM": RM, "DPO": DPO, "KTO": KTO}
-WORDS = "amber birch cedar dune ember fjord grove heath islet jetty knoll larch".split()
+WORDS = ["amber", "birch", "cedar", "dune", "ember", "fjord", "grove", "heath", "islet", "jetty", "knoll", "larch"]
 PAIRS = [
     {
         "instruction": f"Say {word} {number % 3 + 1} times.",
