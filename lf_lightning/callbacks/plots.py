@@ -10,14 +10,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.callbacks.run_log import read_log
 
+CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies", "rewards/chosen")
+"""Fields of trainer_log.jsonl that are drawn, as LlamaFactory's users know them."""
+
 
 class PlotLoss(Callback):
-    """Draw training_loss.png, and training_eval_loss.png where there was validation, at the end of a run."""
+    """Draw training_loss.png at the end of a run, and the other curves of `CURVES` where they were logged."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw from trainer_log.jsonl."""
         if trainer.is_global_zero:
-            for key in ("loss", "eval_loss"):
+            for key in CURVES:
                 plot_curve(run_folder(trainer), key)
 
 

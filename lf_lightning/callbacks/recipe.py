@@ -25,6 +25,7 @@ def recipe_of(trainer: Trainer, pl_module: LightningModule) -> str:
         "generation": pl_module.generation,
     }
     names = inspect.signature(type(pl_module).__init__).parameters
+    stage_values = {name: value for name, value in stage_values.items() if name in names}
     stage_values |= {name: vars(pl_module)[name] for name in names if name in vars(pl_module)}
     recipe: dict[str, Any] = {
         "seed_everything": pl_module.seed,

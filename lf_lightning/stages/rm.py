@@ -14,7 +14,6 @@ from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec
 from lf_lightning.stages.judgement import JudgementStage
 from lf_lightning.types import (
     BackboneSpec,
-    GenerationSpec,
     InputError,
     LossSums,
     PairScore,
@@ -48,7 +47,6 @@ class RM(JudgementStage):
         centering: Weight of the penalty that keeps scores around zero, >= 0. Typical 0.01.
         max_grad_norm: Largest global norm of the gradient, > 0; larger ones are scaled down to it. Empty: no limit.
         non_finite: A loss or gradient that is not finite: `stop` the run, or `skip` the step and count it.
-        generation: Its batch_size is how many pairs `predict` scores at once.
     """
 
     task = "rm"
@@ -65,7 +63,6 @@ class RM(JudgementStage):
         centering: float = 0.0,
         max_grad_norm: float | None = 1.0,
         non_finite: Literal["stop", "skip"] = "stop",
-        generation: GenerationSpec = GenerationSpec(),
     ) -> None:
         super().__init__(
             backbone,
@@ -75,7 +72,6 @@ class RM(JudgementStage):
             schedule=schedule,
             max_grad_norm=max_grad_norm,
             non_finite=non_finite,
-            generation=generation,
         )
         if not 0 <= centering < math.inf:
             raise InputError(f"model.init_args.centering: must be 0 or more, got {centering}. Try 0.01.")
