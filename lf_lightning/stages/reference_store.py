@@ -109,23 +109,24 @@ def _filled(stage: JudgementStage, path: Path | None, *, split: str, epoch: int)
     table = Table.opened(path if stage.trainer.is_global_zero else None, num_rows=num_rows, width=width)
     table.values[:] = stage.trainer.strategy.broadcast(table.values)
     own = np.full_like(table.values, np.nan)
-    num_computed, is_checked = 0, False
+    num_units, num_computed, is_checked = len(stage.data.units(split, epoch)), 0, False
     for index, step in enumerate(loader):
         (micro_batch,) = stage.trainer.strategy.batch_to_device(step).micro_batches
         rows = micro_batch.rows.cpu().numpy()
         is_known = bool(np.isfinite(table.values[rows]).all())
-        if not is_known or (not is_checked and len(rows)):
+        is_wanted = not is_known or (not is_checked and len(rows) > 0)
+        if not ranks.all_agree(not is_wanted):  # where a model is sharded, its ranks run together
             found = stage.reference_sums(micro_batch).double().reshape(len(rows), width).cpu().numpy()
             if is_known:
                 check_same(table, rows, found, tolerance=TOLERANCE[stage.trainer.precision])
-                is_checked = True
+                is_checked = is_checked or len(rows) > 0
             else:
                 own[rows], num_computed = found, num_computed + len(rows)
         if index % SAVE_EVERY == SAVE_EVERY - 1 or index == len(loader) - 1:
             _merge(table, own, ranks, save=stage.trainer.is_global_zero, path=path)
     (total,) = ranks.sums([float(num_computed)])
-    place = f" in {path}" if path is not None else ""
-    say(f"reference log-probs of {split}: {int(total):,} computed, the others stored{place}")
+    place = f"kept in {path}" if path is not None else "kept in memory, since data.cache_dir is null"
+    say(f"reference log-probs of {split}: {int(total):,} rows computed, {num_units - int(total):,} found; {place}")
     return table.values.reshape(num_rows, *shape)
 
 
