@@ -700,3 +700,227 @@ def test_a_process_of_its_own_says_it_in_one_line_too(
     done = subprocess.run(command, capture_output=True, text=True, cwd=here, env=environment, timeout=120)
     assert_one_line(done.returncode, done.stderr, bad.says)
     assert done.stdout == ""
+
+
+# ---------------------------------------------------------------------- rm, dpo and kto
+
+RANKED = {"ranking": True, "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}}
+LIKED = {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "liked"}}
+PAIRS = [{"instruction": f"Say {text}.", "chosen": text, "rejected": text[::-1] + "?"} for text in ("ab", "cde", "fg")]
+ANSWERS = [{"instruction": f"Say {text}.", "output": text, "liked": text != "ab"} for text in ("ab", "cde", "fg")]
+GENERATION = f"{INIT}.generation"
+
+
+def judged(stage: str, says: tuple[str, ...], *, rows: Any = None, to: str | None = None, **more: Any) -> Bad:
+    """Bad input of a stage that judges.
+
+    Args:
+        stage: Its name.
+        says: What the line must contain.
+        rows: Those of the file instead of good ones.
+        to: The stage that the dataset is for, where that is another.
+        more: Options of the stage by name, and `changes` by dotted key, `arguments`, `needs` and `verb` as in Bad.
+    """
+    is_kto = (to or stage) == "KTO"
+    rows = (ANSWERS if is_kto else PAIRS) if rows is None else rows
+    changes = {"model.class_path": stage, **more.pop("changes", {})}
+    changes["data.datasets"] = [{"path": "judged.json", **(LIKED if is_kto else RANKED)}]
+    if stage == "RM":
+        changes[GENERATION] = ...
+    kept = {name: more.pop(name) for name in ("arguments", "needs", "verb", "prepare") if name in more}
+    changes |= {f"{INIT}.{name}": value for name, value in more.items()}
+    return Bad(says, changes, files={"judged.json": rows}, **kept)
+
+
+def with_row(rows: list[dict[str, Any]], **changes: Any) -> list[dict[str, Any]]:
+    """The rows, of which the second has other values; Ellipsis takes a column away."""
+    second = {name: value for name, value in {**rows[1], **changes}.items() if value is not ...}
+    return [rows[0], second, *rows[2:]]
+
+
+def pair(says: str, **changes: Any) -> Bad:
+    stage = "DPO" if len(says) % 2 else "RM"
+    return judged(stage, ("judged.json, row 2: ", says), rows=with_row(PAIRS, **changes))
+
+
+def tag(got: Any, shown: str) -> Bad:
+    says = ("judged.json, row 2: column 'liked' must be true or false without quotes", f"got {shown}")
+    return judged("KTO", says, rows=with_row(ANSWERS, liked=got))
+
+
+def margin(got: Any, shown: str) -> Bad:
+    bad = judged("RM", ("judged.json, row 2: column 'margin' must be a finite number", shown))
+    rows = [{**row, "margin": 1.0} for row in PAIRS]
+    rows[1]["margin"] = got
+    source = {"path": "judged.json", **RANKED, "columns": {**RANKED["columns"], "margin": "margin"}}
+    return Bad(bad.says, {**bad.changes, "data.datasets": [source]}, files={"judged.json": rows})
+
+
+JUDGED_ROWS = {
+    "equal answers": pair("columns 'chosen' and 'rejected' are equal", rejected="cde"),
+    "an empty chosen answer": pair("column 'chosen', an answer, is empty", chosen=""),
+    "an empty rejected answer": pair("column 'rejected', an answer, is empty", rejected=""),
+    "no chosen answer": pair("column 'chosen' must be an answer, got none", chosen=...),
+    "no rejected answer": pair("column 'rejected' must be an answer, got none", rejected=None),
+    "a number for an answer": pair("column 'rejected' must be a string, got 3", rejected=3),
+    "no prompt": pair("column 'instruction' must be a non-empty string", instruction=...),
+    "a tag in quotes": tag("true", "'true'"),
+    "a number for a tag": tag(1, "1"),
+    "null for a tag": tag(None, "none"),
+    "no tag": tag(..., "none"),
+    "an empty answer to judge": judged(
+        "KTO", ("judged.json, row 2: its last turn, the answer to judge, is empty",), rows=with_row(ANSWERS, output="")
+    ),
+    "a text for a margin": margin("much", "got 'much'"),
+    "NaN for a margin": margin(float("nan"), "got nan"),
+    "no row": judged("DPO", ("judged.json: holds no rows",), rows=[]),
+    "no row that can be used": judged(
+        "DPO",
+        ("data.datasets: no row can be used", "3 dropped (row 1 and 2 more: column 'rejected', an answer, is empty)"),
+        rows=[{**row, "rejected": ""} for row in PAIRS],
+        changes={"data.invalid_rows": "skip"},
+    ),
+    "answers that truncation leaves equal": judged(
+        "RM",
+        ("judged.json, row 2: its answers are equal in the ", " at max_length 40"),
+        rows=with_row(PAIRS, chosen="z" * 60, rejected="z" * 59 + "y"),
+        changes={"data.max_length": 40},
+    ),
+    "an answer that truncation leaves empty": judged(
+        "KTO", ("judged.json, row 1: its answer keeps no token at max_length 4",), changes={"data.max_length": 4}
+    ),
+}
+JUDGED_SETS = {
+    f"{kind} for {stage}": judged(stage, (says, wants), to=to)
+    for kind, to, says in (
+        ("pairs", "DPO", "judged: holds ranked answers (ranking)"),
+        ("tagged answers", "KTO", "judged: holds liked and disliked answers (kto_tag)"),
+    )
+    for stage, wants in (
+        ("SFT", "sft wants conversations"),
+        ("PT", "pt wants plain texts"),
+        ("RM", "rm wants ranked answers"),
+        ("DPO", "dpo wants ranked answers"),
+        ("KTO", "kto wants liked and disliked answers"),
+    )
+    if (stage == "KTO") != (to == "KTO")
+} | {
+    f"questions with answers for {stage}": Bad(
+        ("rows: holds unjudged rows", f"{stage.lower()} wants "),
+        {"model.class_path": stage, **({GENERATION: ...} if stage == "RM" else {})},
+    )
+    for stage in ("RM", "DPO", "KTO")
+}
+
+
+def range_of(stage: str, name: str, got: Any, want: str) -> Bad:
+    return judged(stage, (f"{INIT}.{name}: must be {want}", f"got {got}"), **{name: got})
+
+
+def constant(loss: str, name: str, got: float, says: str) -> Bad:
+    return judged("DPO", (f"{INIT}.constants.{name}: {says}", "got "), loss=loss, constants={name: got})
+
+
+JUDGED_OPTIONS = {
+    "a loss that does not exist": judged(
+        "DPO", (f"{INIT}.loss: must be one of", "Did you mean sigmoid?"), loss="sigmoidd"
+    ),
+    "a loss of another stage": judged("KTO", (f"{INIT}.loss: must be one of kto,", "got simpo"), loss="simpo"),
+    **{f"beta {got}": range_of("DPO", "beta", got, "") for got in (0.0, -1.0, float("nan"), float("inf"))},
+    "beta 0 of kto": range_of("KTO", "beta", 0.0, ""),
+    "a negative ftx": range_of("DPO", "ftx", -1.0, ""),
+    "an infinite ftx": range_of("KTO", "ftx", float("inf"), ""),
+    "ld_alpha above 1": range_of("DPO", "ld_alpha", 1.5, "in [0, 1]"),
+    "an infinite weight": range_of("KTO", "desirable_weight", float("inf"), ""),
+    "a negative centering": range_of("RM", "centering", -1.0, ""),
+    "an infinite centering": range_of("RM", "centering", float("inf"), ""),
+    "no weight at all": judged(
+        "KTO", ("desirable_weight: must not be 0 with the other",), desirable_weight=0.0, undesirable_weight=0.0
+    ),
+    "a bco mix without a reference": judged(
+        "DPO", (f"{INIT}.bco_weight: needs a loss with a reference, got simpo",), loss="simpo", bco_weight=0.5
+    ),
+    "label smoothing of hinge": constant("hinge", "label_smoothing", 0.1, "hinge does not read it"),
+    "label smoothing of a half": constant("robust", "label_smoothing", 0.5, "must be in [0, 0.5)"),
+    "robust without label smoothing": constant("robust", "label_smoothing", 0.0, "must be above 0 for robust"),
+    "a temperature of 0": constant("discopop", "discopop_tau", 0.0, "must be positive"),
+    "a reference of orpo": judged(
+        "DPO", (f"{INIT}.reference: orpo knows no reference",), loss="orpo", reference={"precompute": True}
+    ),
+    "a value head of dpo": judged("DPO", (f"{INIT}.value_head",), value_head={"dropout": 0.1}),
+    "a reference of rm": judged("RM", (f"{INIT}.reference",), reference={"precompute": True}),
+    "packs of pairs": judged("DPO", ("data.packing: must be none for dpo",), changes={"data.packing": "knapsack"}),
+    "a learned prompt": judged(
+        "KTO", ("data.train_on_prompt: must be false for kto",), changes={"data.train_on_prompt": True}
+    ),
+    "a shared prompt in the padded layout": judged(
+        "DPO",
+        ("data.share_prompt: true needs both responses in one row, got layout: padded",),
+        changes={"data.share_prompt": True, "data.layout": "padded"},
+    ),
+    "a shared prompt of sft": Bad(("data.share_prompt: is of rm, dpo and kto only",), {"data.share_prompt": True}),
+    "pairs for a kl that dpo has not": judged(
+        "DPO", ("data.kl_pairs: is of kto only, got dataset with dpo",), changes={"data.kl_pairs": "dataset"}
+    ),
+    "a snapshot without an adapter": judged(
+        "DPO", (f"{INIT}.reference.kind: snapshot needs a tuning with an adapter",), reference={"kind": "snapshot"}
+    ),
+    "a reference model without a folder": judged(
+        "DPO", (f"{INIT}.reference.path: must be the folder",), reference={"kind": "model"}
+    ),
+    "a reference model in no folder": judged(
+        "DPO", (f"{INIT}.reference.path: must be a folder", "got ./nowhere"), reference={"path": "./nowhere"}
+    ),
+    "a reference adapter in no folder": judged(
+        "DPO",
+        (f"{INIT}.reference.adapter: must be a folder", "got ./nowhere"),
+        reference={"path": "./model", "adapter": "./nowhere"},
+        needs=("model",),
+    ),
+    "a head that is not there": judged(
+        "RM",
+        (f"{INIT}.value_head.init: load needs value_head.safetensors", "./model"),
+        value_head={"init": "load"},
+        changes={BACKBONE: {"path": "./model"}},
+        needs=("model",),
+    ),
+    "an adapter on the output layer": judged(
+        "RM",
+        (f"{TUNING}.init_args.target: must leave out the output layer",),
+        tuning=lora(target=["q_proj", "lm_head"]),
+    ),
+    "a head that always drops": judged(
+        "RM", (f"{INIT}.value_head.dropout: must be in [0, 1), got 1.0",), value_head={"dropout": 1.0}
+    ),
+    "a folder without a head to score with": judged(
+        "RM",
+        ("reward model: model must hold value_head.safetensors",),
+        changes={"data.predict_datasets": [{"path": "judged.json", **RANKED}]},
+        arguments=("--ckpt_path", "model"),
+        verb="predict",
+        needs=("model",),
+    ),
+}
+JUDGED = {
+    f"{door}: {name}": bad
+    for door, kinds in (("rows", JUDGED_ROWS), ("sets", JUDGED_SETS), ("options", JUDGED_OPTIONS))
+    for name, bad in kinds.items()
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_bad_judgements_are_one_line_that_names_the_culprit(
+    name: str, here: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+):
+    bad = JUDGED[name]
+    arguments = arguments_of(bad, here, request)
+    capsys.readouterr()
+    code = main(arguments)
+    assert_one_line(code, capsys.readouterr().err, bad.says)
+
+
+def test_weights_that_are_no_numbers_end_a_run_by_name(here: Path, request: pytest.FixtureRequest, capsys):
+    bad = judged("DPO", (), changes={f"{OPTIMIZER}.init_args.lr": 1e30, f"{INIT}.max_grad_norm": None})
+    arguments = arguments_of(bad, here, request)
+    assert main(arguments) == 1
+    assert "the loss is not finite" in capsys.readouterr().err.splitlines()[-1]

@@ -33,8 +33,8 @@ def text_of(cell: NotebookNode) -> str:
     return "\n".join(outputs)
 
 
-def test_there_is_a_notebook():
-    assert "01_one_sft_run" in [path.stem for path in NOTEBOOKS]
+def test_there_are_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["01_one_sft_run", "02_dpo_in_ten_lines"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

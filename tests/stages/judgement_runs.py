@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from lf_lightning import DPO, KTO, RM, AdamW, BackboneSpec, DataModule, GenerationSpec, RunCheckpoint, ScheduleSpec
+from lf_lightning import DPO, KTO, RM, AdamW, BackboneSpec, DataModule, RunCheckpoint, ScheduleSpec
 from lf_lightning.models import Tuning
 from tests.cli.runs import LLAMA, config, lightning, log_rows
 
@@ -35,7 +36,7 @@ LIKED = {"prompt": "instruction", "response": "output", "kto_tag": "liked"}
 def dataset(folder: Path, stage: str, *, margin: bool = False, rows: list[dict[str, Any]] | None = None) -> list[Any]:
     """Write the rows of a stage; the value of `data.datasets`."""
     is_kto = stage == "KTO"
-    path = folder / ("feedback.json" if is_kto else "pairs.json")
+    path = folder / f"{'feedback' if is_kto else 'pairs'}{'' if rows is None else len(rows)}.json"
     path.write_text(json.dumps(rows or (FEEDBACK if is_kto else PAIRS)))
     if is_kto:
         return [{"path": str(path), "columns": LIKED}]
@@ -46,14 +47,16 @@ def judged(
     folder: Path, stage: str, run: str = "run", lora: Path | None = None, margin: bool = False, **changes: Any
 ) -> dict[str, Any]:
     """`config()` with a stage that judges, its own rows, and twelve of them in steps of four."""
-    of_stage = {"model__class_path": stage, "data__datasets": dataset(folder, stage, margin=margin)}
+    of_stage: dict[str, Any] = {"model__class_path": stage, "data__datasets": dataset(folder, stage, margin=margin)}
+    if stage == "RM":
+        of_stage["model__init_args__generation"] = ...  # it scores
     return config(folder / run, lora, **{**of_stage, **changes})
 
 
 def fit(folder: Path, stage: str, run: str = "run", **changes: Any) -> Path:
-    """Run `fit` in this process; the run folder."""
-    more = changes.pop("arguments", ())
-    assert lightning("fit", folder, judged(folder, stage, run, **changes), *more) == 0
+    """Run `fit` in this process, without the plots, which take as long as all the rest; the run folder."""
+    with patch("lf_lightning.callbacks.plots.plot_curve"):
+        assert lightning("fit", folder, judged(folder, stage, run, **changes)) == 0
     return folder / run
 
 
@@ -88,7 +91,6 @@ def python_fit(
         tuning,
         AdamW(lr=1e-2),
         ScheduleSpec(kind="constant"),
-        generation=GenerationSpec(max_new_tokens=4),
         **parts["stage"],
     )
     of_data = {"max_length": 96, "global_batch_size": 4, "cache_dir": None, "datasets": datasets, **parts["data"]}
@@ -100,5 +102,6 @@ def python_fit(
         callbacks=[*callbacks, RunCheckpoint(every_n_steps=2)],
         **of_trainer,
     )
-    trainer.fit(module, DataModule(backbone, module.task, **of_data), weights_only=True)
+    with patch("lf_lightning.callbacks.plots.plot_curve"):
+        trainer.fit(module, DataModule(backbone, module.task, **of_data), weights_only=True)
     return module, trainer

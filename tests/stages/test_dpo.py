@@ -1,4 +1,4 @@
-"""The DPO stage: each loss starts at its known value, each option changes the result, each reference is the right one."""
+"""The DPO stage: losses start at their known values, options change results, references are the right ones."""
 
 from __future__ import annotations
 
