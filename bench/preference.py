@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -39,18 +39,20 @@ from lf_lightning.models import ValueHeadSpec, add_value_head, load_backbone
 RESULTS = Path(__file__).parent / "results" / "preference.md"
 STAGES: dict[str, Any] = {"dpo": DPO, "kto": KTO, "rm": RM}
 BETA = 0.1
+OF_DATA = {"template": "empty", "layout": "padding_free", "shuffle": False, "cache_dir": None}
+OF_TRAINER = ("logger", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
 COLUMNS = ["stage", "ours", "prompt : response", "steps", "pairs/s, ours / naive", "the same in CPU time"]
 COLUMNS += ["naive CPU s (system)", "our CPU s (system)", "naive MiB", "our MiB", "ours / naive memory"]
 PAGE = """# A step of preference learning against the naive step
 
     {command}
 
-Llama, hidden size {hidden}, {layers} layers, {words:,} words, tied embedding: {millions:.0f}M parameters; LoRA of rank
-8 on all linear layers, float32. {pairs} pairs a step, kto {rows} rows. A prompt and one response have {tokens:.0f} tokens
-together on average; lengths log-normal, deviation of the logarithm {deviation}.
+Llama, hidden size {hidden}, {layers} layers, {words:,} words, tied embedding: {millions:.0f}M parameters; LoRA of
+rank 8 on all linear layers, float32. {pairs} pairs a step, kto {rows} rows; prompt and response have {tokens:.0f}
+tokens together on average, lengths log-normal, deviation of the logarithm {deviation}.
 Ours: `Trainer.fit`, `layout: padding_free`, `micro_batch_tokens: {micro_batch_tokens}`, steps that are not logged.
 `online`: the reference runs in each step; `stored`: `reference.precompute`, filled before; `unshared`: online with
-`share_prompt: false`. Naive: {naive_pairs} pairs (kto: {naive_rows} rows) a micro-batch in the order of the data, padded
+`share_prompt: false`. Naive: micro-batches of {naive_rows} rows ({naive_pairs} pairs) in the order of the data, padded
 on the right ({padding:.0%} of what it computes is padding); log_softmax of all logits; dpo and kto: a second model as
 reference, in each step; kto: four forward passes; rm: logits computed and not used.
 Both: AdamW, clipping; loss and norm of the gradient agree to 1e-3 at every step.
@@ -61,6 +63,8 @@ Python {python}, torch {torch} ({capability}), transformers {transformers}, ligh
 
 {table}
 """
+Row = tuple[Tensor, int]
+"""Input ids of a prompt with a response, (T,), and the tokens of the prompt."""
 
 
 class Group(NamedTuple):
@@ -68,14 +72,15 @@ class Group(NamedTuple):
 
     stage: str
     ratio: int  # tokens of the prompt for each token of a response, on average
+    units: int  # for each pair of the step: kto has one response in each
     ways: tuple[str, ...]  # the naive one first
 
 
 GROUPS = {
-    "dpo": Group("dpo", 4, ("naive", "online", "stored", "unshared")),
-    "dpo_1": Group("dpo", 1, ("naive", "online", "unshared")),
-    "kto": Group("kto", 4, ("naive", "online", "stored")),
-    "rm": Group("rm", 4, ("naive", "shared")),
+    "dpo": Group("dpo", 4, 1, ("naive", "online", "stored", "unshared")),
+    "dpo_1": Group("dpo", 1, 1, ("naive", "online", "unshared")),
+    "kto": Group("kto", 4, 2, ("naive", "online", "stored")),
+    "rm": Group("rm", 4, 1, ("naive", "shared")),
 }
 
 
@@ -90,35 +95,16 @@ class Measured(NamedTuple):
     grad_norm: float
 
 
-class Row(NamedTuple):
-    """A prompt with a response."""
-
-    ids: Tensor  # (T,)
-    prompt_length: int
-
-
-def units_of(group: Group, arguments: argparse.Namespace) -> int:
-    """Units of a step: kto has one response in each."""
-    return int(arguments.pairs) * (2 if group.stage == "kto" else 1)
-
-
 def lengths_of(group: Group, arguments: argparse.Namespace) -> NDArray[np.int64]:
     """Tokens of the prompt and of two responses of each row; (rows, 3).
 
     The first step is short and not counted; the last one is never made, since ours would log it.
     """
-    num_rows, deviation = units_of(group, arguments), arguments.deviation
+    num_rows, deviation = arguments.pairs * group.units, arguments.deviation
     means = arguments.tokens * np.array([group.ratio, 1, 1]) / (group.ratio + 1)
     noise = np.random.default_rng(0).lognormal(-(deviation**2) / 2, deviation, (num_rows * (arguments.steps + 1), 3))
     lengths = np.maximum(means * noise, 4).round().astype(np.int64)
     return np.concatenate([np.full((num_rows, 3), 12), lengths])
-
-
-def padding_share(arguments: argparse.Namespace) -> float:
-    """Share of padding in what the naive step of dpo computes."""
-    lengths = lengths_of(GROUPS["dpo"], arguments)[arguments.pairs : -arguments.pairs]
-    rows = (lengths[:, :1] + lengths[:, 1:]).reshape(-1, arguments.naive_rows)
-    return float(1 - rows.mean() / rows.max(1).mean())
 
 
 def write_rows(path: Path, group: Group, arguments: argparse.Namespace) -> None:
@@ -132,34 +118,25 @@ def write_rows(path: Path, group: Group, arguments: argparse.Namespace) -> None:
 
 def make_data(spec: BackboneSpec, group: Group, way: str, arguments: argparse.Namespace) -> DataModule:
     """The rows in the order of the file."""
-    columns, is_kto = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}, group.stage == "kto"
-    if is_kto:
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    if group.stage == "kto":
         columns = {"prompt": "instruction", "response": "chosen", "kto_tag": "liked"}
-    options: dict[str, Any] = {
-        "datasets": [{"path": f"{spec.path}/rows.json", "ranking": not is_kto, "columns": columns}],
+    options = {
+        "datasets": [{"path": f"{spec.path}/rows.json", "ranking": group.stage != "kto", "columns": columns}],
         "max_length": 100 * round(arguments.tokens),
-        "global_batch_size": units_of(group, arguments),
+        "global_batch_size": arguments.pairs * group.units,
         "micro_batch_tokens": arguments.micro_batch_tokens,
         "share_prompt": False if way == "unshared" else None,
     }
-    return DataModule(
-        spec,
-        STAGES[group.stage].task,
-        template="empty",
-        layout="padding_free",
-        shuffle=False,
-        cache_dir=None,
-        **options,
-    )
+    return DataModule(spec, STAGES[group.stage].task, **OF_DATA, **options)
 
 
 def padded(rows: Sequence[Row]) -> tuple[dict[str, Any], Tensor]:
     """What the model takes, padded on the right, and the mask of responses; (R, T)."""
-    ids = pad_sequence([row.ids for row in rows], batch_first=True)
-    mask = pad_sequence([torch.ones_like(row.ids) for row in rows], batch_first=True)
-    responses = [torch.arange(len(row.ids)) >= row.prompt_length for row in rows]
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    return inputs, pad_sequence(responses, batch_first=True)
+    ids = pad_sequence([ids for ids, _ in rows], batch_first=True)
+    mask = pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True)
+    is_response = pad_sequence([torch.arange(len(ids)) >= length for ids, length in rows], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}, is_response
 
 
 def log_probs(model: torch.nn.Module, rows: Sequence[Row]) -> Tensor:
@@ -178,19 +155,18 @@ class Naive:
     """Model, reference and optimizer of the naive step."""
 
     def __init__(self, spec: BackboneSpec, stage: str) -> None:
-        self.policy = load_backbone(spec, LoRA(), vocab_size=1, seed=0)
-        self.model = self.policy.causal_lm
+        self.policy, self.stage = load_backbone(spec, LoRA(), vocab_size=1, seed=0), stage
+        self.model: Any = self.policy.causal_lm
         if stage == "rm":
             add_value_head(self.policy, ValueHeadSpec(), tuning=LoRA(), path=spec.path, seed=0)
         else:
             self.reference = load_backbone(spec, Full(), vocab_size=1, seed=0, trains=False).causal_lm
         self.optimizer = AdamW().build(self.policy.named_parameters())
-        self.losses: Callable[..., Iterator[Tensor]] = {"dpo": self.dpo, "kto": self.kto, "rm": self.rm}[stage]
 
-    def step(self, rows: Sequence[Any], size: int) -> tuple[float, float]:
+    def step(self, rows: Sequence[tuple[Row, ...]], size: int) -> tuple[float, float]:
         """One optimizer step in micro-batches of so many padded rows: loss and norm of the gradient."""
         total = 0.0
-        for loss in self.losses(rows, size):
+        for loss in self.kto(rows, size) if self.stage == "kto" else self.paired(rows, size // 2):
             loss.backward()
             total += loss.item()
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
@@ -199,60 +175,49 @@ class Naive:
         self.optimizer.zero_grad(set_to_none=True)
         return total, float(grad_norm)
 
-    def ratios(self, rows: Sequence[Row]) -> Tensor:
-        """Log policy - log reference of each response; (R,)."""
+    def rewards(self, rows: Sequence[Row]) -> Tensor:
+        """beta (log policy - log reference) of each response; (R,)."""
         with torch.no_grad():
             reference = log_probs(self.reference, rows)
-        return log_probs(self.model, rows) - reference
+        return BETA * (log_probs(self.model, rows) - reference)
 
-    def dpo(self, pairs: Sequence[tuple[Row, Row]], size: int) -> Iterator[Tensor]:
-        """Loss of each micro-batch, over the pairs of the step."""
-        for chosen, rejected in batched(pairs, size // 2):
-            ratios = self.ratios(chosen + rejected).view(2, -1)
-            yield -F.logsigmoid(BETA * (ratios[0] - ratios[1])).sum() / len(pairs)
+    def scores(self, rows: Sequence[Row]) -> Tensor:
+        """The value head at the last token of each row; (R,)."""
+        inputs, _ = padded(rows)
+        values = self.policy.value_head(self.model(**inputs, output_hidden_states=True).hidden_states[-1])
+        return values.gather(1, inputs["attention_mask"].sum(1, keepdim=True) - 1).squeeze(1)
 
-    def kto(self, feedback: Sequence[tuple[Row, Row, float]], size: int) -> Iterator[Tensor]:
-        """Loss of each micro-batch, over the rows of the step; the kl is that of the step."""
+    def paired(self, pairs: Sequence[tuple[Row, ...]], size: int) -> Iterator[Tensor]:
+        """Loss of dpo or rm of each micro-batch, over the pairs of the step."""
+        for chosen, rejected in batched(pairs, size):
+            found = (self.scores if self.stage == "rm" else self.rewards)(chosen + rejected).view(2, -1)
+            yield -F.logsigmoid(found[0] - found[1]).sum() / len(pairs)
+
+    def kto(self, feedback: Sequence[tuple[Row, ...]], size: int) -> Iterator[Tensor]:
+        """The same of feedback, of which every other row is liked; the kl is that of the step's mismatched rows."""
         with torch.no_grad():
-            kl = torch.cat([self.ratios(mismatched) for _, mismatched, _ in batched(feedback, size)]).mean()
-        for rows, _, signs in batched(feedback, size):
-            towards = torch.tensor(signs) * (self.ratios(rows) - kl.clamp(min=0))
-            yield (1 - torch.sigmoid(BETA * towards)).sum() / len(feedback)
-
-    def rm(self, pairs: Sequence[tuple[Row, Row]], size: int) -> Iterator[Tensor]:
-        """Loss of each micro-batch, over the pairs of the step."""
-        assert self.policy.value_head is not None
-        for chosen, rejected in batched(pairs, size // 2):
-            inputs, _ = padded(chosen + rejected)
-            values = self.policy.value_head(self.model(**inputs, output_hidden_states=True).hidden_states[-1])
-            scores = values.gather(1, inputs["attention_mask"].sum(1, keepdim=True) - 1).view(2, -1)
-            yield -F.logsigmoid(scores[0] - scores[1]).sum() / len(pairs)
+            kl = torch.cat([self.rewards(mismatched) for _, mismatched in batched(feedback, size)]).mean().clamp(min=0)
+        for rows, _ in batched(feedback, size):
+            towards = self.rewards(rows) - kl
+            towards[1::2] *= -1
+            yield (1 - torch.sigmoid(towards)).sum() / len(feedback)
 
 
-def naive_rows(data: DataModule, step: range) -> list[Any]:
-    """What the naive step takes: two rows of each pair; of feedback the row, the mismatched one, and 1 or -1."""
+def naive_rows(data: DataModule, step: range) -> list[tuple[Row, ...]]:
+    """What the naive step takes: both rows of each pair; of feedback the row and the mismatched one."""
     store, taken = data.sets["train"].store, []
-    ids = [torch.from_numpy(store.document(index)[0]).long() for index in step]
-    cuts = [
-        (length := int(store.facts["prompt_length"][index]), each[:length], each[length:])
-        for index, each in zip(step, ids, strict=True)
-    ]
-    for number, (length, prompt, answer) in enumerate(cuts):
-        if data.task == "kto":
-            partner, is_liked = cuts[(number + 1) % len(cuts)][2], bool(store.facts["is_desirable"][step[number]])
-            rows = [Row(torch.cat([prompt, each]), length) for each in (answer, partner)]
-            taken.append((*rows, 1.0 if is_liked else -1.0))
-        else:
-            sides = answer.tensor_split([int(store.facts["chosen_length"][step[number]])])
-            taken.append(tuple(Row(torch.cat([prompt, each]), length) for each in sides))
+    documents = [torch.from_numpy(store.document(index)[0]).long() for index in step]
+    cuts = [ids.tensor_split([store.facts["prompt_length"][index]]) for index, ids in zip(step, documents, strict=True)]
+    for number, (prompt, answer) in enumerate(cuts):
+        answers = (answer, cuts[(number + 1) % len(cuts)][1])
+        if data.task != "kto":
+            answers = answer.tensor_split([store.facts["chosen_length"][step[number]]])
+        taken.append(tuple((torch.cat([prompt, each]), len(prompt)) for each in answers))
     return taken
 
 
 class Reporter(Callback):
-    """Report each step on standard output, and wait until the parent asks for the next one.
-
-    Loss and norm of ours come from Lightning's hooks, since the steps are not logged.
-    """
+    """Report each step on standard output, loss and norm as Lightning's hooks tell, and wait for the parent."""
 
     def __init__(self) -> None:
         self.out, self.start = sys.stdout, os.times()
@@ -260,9 +225,7 @@ class Reporter(Callback):
 
     def report(self) -> bool:
         """Report a step, and wait; whether another one is asked for."""
-        end = os.times()
-        user, system = end.user - self.start.user, end.system - self.start.system
-        seconds = end.elapsed - self.start.elapsed
+        user, system, _, _, seconds = np.subtract(os.times(), self.start).tolist()
         step = Measured(seconds, user + system, system, memory_mib("VmHWM"), self.loss, self.grad_norm)
         print(json.dumps(step), file=self.out, flush=True)
         is_asked = bool(sys.stdin.readline())
@@ -287,7 +250,7 @@ def child(arguments: argparse.Namespace, reporter: Reporter) -> None:
     """Make the steps of one way until the parent has enough."""
     key, way, folder = json.loads(arguments.child)
     group, spec = GROUPS[key], BackboneSpec(path=folder, tokenizer="bytes", dtype="float32")
-    data, num_units = make_data(spec, group, way, arguments), units_of(group, arguments)
+    data, num_units = make_data(spec, group, way, arguments), arguments.pairs * group.units
     if way == "naive":
         naive, start, is_asked = Naive(spec, group.stage), 0, True
         while is_asked:
@@ -295,22 +258,20 @@ def child(arguments: argparse.Namespace, reporter: Reporter) -> None:
             reporter.loss, reporter.grad_norm = naive.step(rows, arguments.naive_rows)
             start, is_asked = start + num_units, reporter.report()
         return
-    without = ("logger", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
-    quiet: dict[str, Any] = dict.fromkeys(without, False)
-    place = Path(folder) / way
-    trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[reporter], default_root_dir=place, **quiet)
-    options = {} if group.stage == "rm" else {"reference": ReferenceSpec(precompute=way == "stored"), "beta": BETA}
-    trainer.fit(STAGES[group.stage](spec, LoRA(), AdamW(), ScheduleSpec("constant"), **options), data)
+    options: dict[str, Any] = {**dict.fromkeys(OF_TRAINER, False), "default_root_dir": Path(folder) / way}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[reporter], **options)
+    of_stage = {} if group.stage == "rm" else {"reference": ReferenceSpec(precompute=way == "stored"), "beta": BETA}
+    trainer.fit(STAGES[group.stage](spec, LoRA(), AdamW(), ScheduleSpec("constant"), **of_stage), data)
 
 
 def measure(key: str, folder: str, arguments: argparse.Namespace, *, seconds: float) -> list[list[Measured]]:
     """The steps of each way of a group: as many as the time allows, and at least one."""
     group, deadline = GROUPS[key], time.perf_counter() + seconds
     write_rows(Path(folder) / "rows.json", group, arguments)
-    command = [sys.executable, __file__, *sys.argv[1:], "--child"]
-    ways = {way: [*command, json.dumps([key, way, folder])] for way in group.ways}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes: dict[str, Any] = {way: subprocess.Popen(line, **pipes) for way, line in ways.items()}
+    processes: dict[str, Any] = {}
+    for way in group.ways:
+        command = [sys.executable, __file__, *sys.argv[1:], "--child", json.dumps([key, way, folder])]
+        processes[way] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for process in processes.values():
         process.stdout.readline()
     steps: dict[str, list[Measured]] = {way: [] for way in group.ways}
@@ -350,13 +311,15 @@ def measure_all(arguments: argparse.Namespace) -> str:
         for index, key in enumerate(arguments.groups):
             seconds = (end - time.perf_counter()) / (len(arguments.groups) - index)
             lines += table_rows(GROUPS[key], measure(key, folder, arguments, seconds=seconds))
+    lengths = lengths_of(GROUPS["dpo"], arguments)[arguments.pairs : -arguments.pairs]
+    padded_rows = (lengths[:, :1] + lengths[:, 1:]).reshape(-1, arguments.naive_rows)
     return PAGE.format(
         **vars(arguments),
         command=" ".join(["python bench/preference.py", *sys.argv[1:]]),
         millions=backbone.num_parameters()[1] / 1e6,
         rows=2 * arguments.pairs,
         naive_pairs=arguments.naive_rows // 2,
-        padding=padding_share(arguments),
+        padding=1 - padded_rows.mean() / padded_rows.max(1).mean(),
         python=platform.python_version(),
         capability=torch.backends.cpu.get_cpu_capability(),
         table="\n".join(["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *lines]),
@@ -369,17 +332,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A step of preference learning of ours against the naive step.")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="what is measured")
     parser.add_argument("--words", type=int, default=65536, help="size of the vocabulary")
-    parser.add_argument("--hidden", type=int, default=512, help="hidden size, a multiple of 64")
     parser.add_argument("--layers", type=int, default=20, help="blocks of the model")
     parser.add_argument("--pairs", type=int, default=8, help="pairs of a step; kto has twice as many rows")
-    parser.add_argument("--naive_rows", type=int, default=8, help="padded rows of a micro-batch of the naive step")
     parser.add_argument("--micro_batch_tokens", type=int, default=1024, help="tokens of a micro-batch of ours")
     parser.add_argument("--tokens", type=float, default=125.0, help="tokens of a prompt and one response, on average")
-    parser.add_argument("--deviation", type=float, default=0.5, help="standard deviation of the log of the lengths")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each group, at most")
     parser.add_argument("--minutes", type=float, default=8.0, help="no step is begun that would end after this")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.set_defaults(hidden=512, naive_rows=8, deviation=0.5, threads=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     quiet_libraries()
@@ -387,10 +347,8 @@ def main() -> None:
     if arguments.child:
         reporter = Reporter()
         with redirect_stdout(sys.stderr):
-            child(arguments, reporter)
-        return
+            return child(arguments, reporter)
     text = measure_all(arguments)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(text, encoding="utf-8")
     print(text)
 

@@ -68,7 +68,8 @@ class DPO(JudgementStage):
         optimizer: The optimizer and its constants.
         schedule: How the learning rate changes.
         loss: The function f. ipo and sigmoid_norm compare means per token, orpo and simpo means without a reference.
-        beta: Strength of the pull towards the reference, > 0; orpo: weight of the odds ratio. Typical 0.01-0.5.
+        beta: Strength of the pull towards the reference, > 0; typical 0.01-0.5, for means larger: simpo 2-2.5,
+            sigmoid_norm 5. orpo: weight of the odds ratio.
         ftx: Weight of learning the chosen response itself, >= 0.
         bco_weight: Weight of the BCO mix, >= 0; needs a loss with a reference.
         ld_alpha: Weight of the tokens of the longer response that have no counterpart in the shorter one, in [0, 1]

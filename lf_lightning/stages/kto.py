@@ -198,7 +198,7 @@ class KTO(JudgementStage):
     def reported(self, means: dict[str, float]) -> dict[str, float]:
         """Loss and metrics; a side without rows has no mean, and a loss without kl none to report."""
         shown = {name: value for name, value in means.items() if name != "kto" or self.ftx}
-        share = shown.pop("desirable_ratio")
+        share = shown["desirable_ratio"]
         for side, is_absent in (("chosen", share == 0), ("rejected", share == 1)):
             if is_absent:
                 shown |= {f"rewards/{side}": math.nan, f"logps/{side}": math.nan}

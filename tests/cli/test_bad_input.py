@@ -739,8 +739,7 @@ def with_row(rows: list[dict[str, Any]], **changes: Any) -> list[dict[str, Any]]
 
 
 def pair(says: str, **changes: Any) -> Bad:
-    stage = "DPO" if len(says) % 2 else "RM"
-    return judged(stage, ("judged.json, row 2: ", says), rows=with_row(PAIRS, **changes))
+    return judged("DPO", ("judged.json, row 2: ", says), rows=with_row(PAIRS, **changes))
 
 
 def tag(got: Any, shown: str) -> Bad:
@@ -888,6 +887,8 @@ JUDGED_OPTIONS = {
         "RM",
         (f"{TUNING}.init_args.target: must leave out the output layer",),
         tuning=lora(target=["q_proj", "lm_head"]),
+        changes={BACKBONE: {"path": "./model"}},
+        needs=("model",),
     ),
     "a head that always drops": judged(
         "RM", (f"{INIT}.value_head.dropout: must be in [0, 1), got 1.0",), value_head={"dropout": 1.0}
@@ -919,8 +920,10 @@ def test_bad_judgements_are_one_line_that_names_the_culprit(
     assert_one_line(code, capsys.readouterr().err, bad.says)
 
 
-def test_weights_that_are_no_numbers_end_a_run_by_name(here: Path, request: pytest.FixtureRequest, capsys):
+def test_a_run_that_leaves_the_numbers_ends_by_name(
+    here: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+):
     bad = judged("DPO", (), changes={f"{OPTIMIZER}.init_args.lr": 1e30, f"{INIT}.max_grad_norm": None})
     arguments = arguments_of(bad, here, request)
     assert main(arguments) == 1
-    assert "the loss is not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert " is not finite, got " in capsys.readouterr().err.splitlines()[-1]

@@ -105,3 +105,44 @@ def test_the_pt_quickstart_reads_held_out_stories_at_a_perplexity_below_the_stat
     perplexity = [row["eval_perplexity"] for row in log(tmp_path) if "eval_perplexity" in row][-1]
     assert perplexity < 1.3  # as the YAML says
     print(f"\n| pt | {seed} | {perplexity:.3f} | {wall:.0f} | {busy:.0f} |")
+
+
+# ---------------------------------------------------------------------- rm, dpo and kto
+
+ACCURACY = {"rm": "eval_accuracy", "dpo": "eval_rewards/accuracies", "kto": "eval_rewards/accuracies"}
+
+
+def accuracy(folder: Path, stage: str) -> float:
+    """What `validate`, or the last validation of `fit`, measured."""
+    value: float = json.loads((folder / "all_results.json").read_text())[ACCURACY[stage]]
+    return value
+
+
+@pytest.mark.parametrize("stage", ACCURACY)
+def test_a_few_steps_of_a_quickstart_that_judges(stage: str, tmp_path: Path):
+    lf_lightning("fit", "--config", f"configs/{stage}/quickstart.yaml", *short(tmp_path), "--data.max_samples=64")
+    rows = log(tmp_path)
+    assert len([row for row in rows if "loss" in row]) == 8
+    assert 0.0 <= next(row for row in rows if "eval_loss" in row)[ACCURACY[stage]] <= 1.0
+    model, tokenizer = opened(tmp_path / "final")
+    assert torch.isfinite(model(tokenizer("One", return_tensors="pt")["input_ids"]).logits).all()
+    assert (tmp_path / "final" / "value_head.safetensors").is_file() == (stage == "rm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("stage", ACCURACY)
+def test_a_quickstart_that_judges_rises_from_below_six_of_ten_to_above_nine(stage: str, seed: int, tmp_path: Path):
+    options = ["--config", f"configs/{stage}/quickstart.yaml", f"--seed_everything={seed}"]
+    lf_lightning("validate", *options, f"--trainer.default_root_dir={tmp_path / 'before'}")
+    before = accuracy(tmp_path / "before", stage)
+    start = clock()
+    lf_lightning("fit", *options, f"--trainer.default_root_dir={tmp_path / 'run'}")
+    wall, busy = (after - before_ for before_, after in zip(start, clock(), strict=True))
+    after = accuracy(tmp_path / "run", stage)
+    lf_lightning("validate", *options, f"--trainer.default_root_dir={tmp_path / 'run'}", "--ckpt_path", "last")
+    assert accuracy(tmp_path / "run", stage) == pytest.approx(after, abs=1e-9)
+    assert before < 0.6
+    assert after > 0.9
+    assert wall < 180
+    print(f"\n| {stage} | {seed} | {before:.3f} -> {after:.3f} | {wall:.0f} | {busy:.0f} |")
