@@ -4,8 +4,8 @@ Ours is `Trainer.fit` with the stage and the DataModule, padding-free. The naive
 padded on the right, chosen and rejected stacked, log_softmax of all logits in float32, a second model as reference.
 Both train the same adapter on the same rows, and must report the same loss and the same norm of the gradient.
 
-Each way is a process of its own, so that its memory is its own. The ways of a group make the same step in turn, one at
-a time, first to last and then last to first, so that a slow minute of the machine slows them all. Linux only (/proc).
+Each way is a process of its own, so its memory is its own. The ways of a group make the same step in turn, one at a
+time, first to last and then last to first, so that a slow minute of the machine slows them all. Linux only (/proc).
 """
 
 import argparse
@@ -48,13 +48,13 @@ PAGE = """# A step of preference learning against the naive step
     {command}
 
 Llama, hidden size {hidden}, {layers} layers, {words:,} words, tied embedding: {millions:.0f}M parameters; LoRA of
-rank 8 on all linear layers, float32. {pairs} pairs a step, kto {rows} rows; prompt and response have {tokens:.0f}
-tokens together on average, lengths log-normal, deviation of the logarithm {deviation}.
+rank 8 on all linear layers, float32. {pairs} pairs a step, kto twice as many rows. Prompt and response have
+{tokens:.0f} tokens together on average; lengths log-normal, deviation of the logarithm {deviation}.
 Ours: `Trainer.fit`, `layout: padding_free`, `micro_batch_tokens: {micro_batch_tokens}`, steps that are not logged.
 `online`: the reference runs in each step; `stored`: `reference.precompute`, filled before; `unshared`: online with
-`share_prompt: false`. Naive: micro-batches of {naive_rows} rows ({naive_pairs} pairs) in the order of the data, padded
-on the right ({padding:.0%} of what it computes is padding); log_softmax of all logits; dpo and kto: a second model as
-reference, in each step; kto: four forward passes; rm: logits computed and not used.
+`share_prompt: false`. Naive: {naive_rows} rows a micro-batch in the order of the data, padded on the right ({padding:.0%}
+of what it computes for dpo is padding); log_softmax of all logits; dpo and kto: a second model as reference, in each
+step; kto: four forward passes; rm: logits computed and not used.
 Both: AdamW, clipping; loss and norm of the gradient agree to 1e-3 at every step.
 
 Above 1 ours is faster. System: what of the CPU time the kernel takes, mostly to hand out memory. MiB: largest memory of
@@ -118,11 +118,11 @@ def write_rows(path: Path, group: Group, arguments: argparse.Namespace) -> None:
 
 def make_data(spec: BackboneSpec, group: Group, way: str, arguments: argparse.Namespace) -> DataModule:
     """The rows in the order of the file."""
-    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
-    if group.stage == "kto":
-        columns = {"prompt": "instruction", "response": "chosen", "kto_tag": "liked"}
+    is_kto = group.stage == "kto"
+    columns = {"response": "chosen", "kto_tag": "liked"} if is_kto else {"chosen": "chosen", "rejected": "rejected"}
+    rows = {"path": f"{spec.path}/rows.json", "ranking": not is_kto, "columns": {"prompt": "instruction", **columns}}
     options = {
-        "datasets": [{"path": f"{spec.path}/rows.json", "ranking": group.stage != "kto", "columns": columns}],
+        "datasets": [rows],
         "max_length": 100 * round(arguments.tokens),
         "global_batch_size": arguments.pairs * group.units,
         "micro_batch_tokens": arguments.micro_batch_tokens,
@@ -170,13 +170,13 @@ class Naive:
             loss.backward()
             total += loss.item()
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, float(grad_norm)
+        return total, grad_norm
 
     def rewards(self, rows: Sequence[Row]) -> Tensor:
-        """beta (log policy - log reference) of each response; (R,)."""
+        """The policy's log-prob of each response less the reference's, times beta; (R,)."""
         with torch.no_grad():
             reference = log_probs(self.reference, rows)
         return BETA * (log_probs(self.model, rows) - reference)
@@ -317,8 +317,6 @@ def measure_all(arguments: argparse.Namespace) -> str:
         **vars(arguments),
         command=" ".join(["python bench/preference.py", *sys.argv[1:]]),
         millions=backbone.num_parameters()[1] / 1e6,
-        rows=2 * arguments.pairs,
-        naive_pairs=arguments.naive_rows // 2,
         padding=1 - padded_rows.mean() / padded_rows.max(1).mean(),
         python=platform.python_version(),
         capability=torch.backends.cpu.get_cpu_capability(),
@@ -333,9 +331,9 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="what is measured")
     parser.add_argument("--words", type=int, default=65536, help="size of the vocabulary")
     parser.add_argument("--layers", type=int, default=20, help="blocks of the model")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of a step; kto has twice as many rows")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of a step; kto has twice as many rows")
     parser.add_argument("--micro_batch_tokens", type=int, default=1024, help="tokens of a micro-batch of ours")
-    parser.add_argument("--tokens", type=float, default=125.0, help="tokens of a prompt and one response, on average")
+    parser.add_argument("--tokens", type=float, default=250.0, help="tokens of a prompt and one response, on average")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each group, at most")
     parser.add_argument("--minutes", type=float, default=8.0, help="no step is begun that would end after this")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -348,8 +346,7 @@ def main() -> None:
         reporter = Reporter()
         with redirect_stdout(sys.stderr):
             return child(arguments, reporter)
-    text = measure_all(arguments)
-    RESULTS.write_text(text, encoding="utf-8")
+    RESULTS.write_text(text := measure_all(arguments), encoding="utf-8")
     print(text)
 
 

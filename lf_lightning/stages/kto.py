@@ -17,6 +17,10 @@ from lf_lightning.stages.judgement import JudgementStage
 from lf_lightning.types import BackboneSpec, FeedbackBatch, GenerationSpec, InputError, LossSums, StepBatch
 
 
+ROUNDING = 1e-4
+"""Nats by which a response must have moved to count as moved: at the start all differences are rounding."""
+
+
 class FeedbackValues(NamedTuple):
     """Numbers of U feedback rows; (U,) each."""
 
@@ -181,11 +185,11 @@ class KTO(JudgementStage):
         terms = {"kto": losses.sum()}
         if self.ftx:
             terms["sft"] = -torch.where(liked, values.policy / values.lengths, 0.0).sum()
-        rewards = self.beta * ratios.detach()
+        rewards, ahead = self.beta * ratios.detach(), ratios.detach() - self._kl.to(ratios)
         metrics = {
             "rewards/chosen": rewards[liked].sum(),
             "rewards/rejected": rewards[~liked].sum(),
-            "rewards/accuracies": torch.where(liked, ratios > self._kl, ratios < self._kl).sum(),
+            "rewards/accuracies": torch.where(liked, ahead > ROUNDING, ahead < -ROUNDING).sum(),
             "logps/chosen": values.policy[liked].sum(),
             "logps/rejected": values.policy[~liked].sum(),
             "desirable_ratio": liked.sum(),
