@@ -52,13 +52,14 @@ rank 8 on all linear layers, float32. {pairs} pairs a step, kto twice as many ro
 {tokens:.0f} tokens together on average; lengths log-normal, deviation of the logarithm {deviation}.
 Ours: `Trainer.fit`, `layout: padding_free`, `micro_batch_tokens: {micro_batch_tokens}`, steps that are not logged.
 `online`: the reference runs in each step; `stored`: `reference.precompute`, filled before; `unshared`: online with
-`share_prompt: false`. Naive: {naive_rows} rows a micro-batch in the order of the data, padded on the right ({padding:.0%}
-of what it computes for dpo is padding); log_softmax of all logits; dpo and kto: a second model as reference, in each
-step; kto: four forward passes; rm: logits computed and not used.
+`share_prompt: false`. Naive: {naive_rows} rows a micro-batch in the order of the data, padded on the right
+({padding:.0%} of what it computes for dpo is padding); log_softmax of all logits; dpo and kto: a second model as
+reference, in each step; kto: four forward passes; rm: logits computed and not used.
 Both: AdamW, clipping; loss and norm of the gradient agree to 1e-3 at every step.
 
 Above 1 ours is faster. System: what of the CPU time the kernel takes, mostly to hand out memory. MiB: largest memory of
-the whole process, imports and weights included. Median (smallest-largest) over steps; the machine is shared.
+the whole process, imports and weights included. Median (smallest-largest) over steps, the first of
+which pays for the growth of the heap; the machine is shared.
 Python {python}, torch {torch} ({capability}), transformers {transformers}, lightning {lightning}, {threads} threads.
 
 {table}
@@ -72,7 +73,7 @@ class Group(NamedTuple):
 
     stage: str
     ratio: int  # tokens of the prompt for each token of a response, on average
-    units: int  # for each pair of the step: kto has one response in each
+    units: int  # for each pair of a step: kto has one response in each
     ways: tuple[str, ...]  # the naive one first
 
 
@@ -120,9 +121,9 @@ def make_data(spec: BackboneSpec, group: Group, way: str, arguments: argparse.Na
     """The rows in the order of the file."""
     is_kto = group.stage == "kto"
     columns = {"response": "chosen", "kto_tag": "liked"} if is_kto else {"chosen": "chosen", "rejected": "rejected"}
-    rows = {"path": f"{spec.path}/rows.json", "ranking": not is_kto, "columns": {"prompt": "instruction", **columns}}
+    columns["prompt"] = "instruction"
     options = {
-        "datasets": [rows],
+        "datasets": [{"path": f"{spec.path}/rows.json", "ranking": not is_kto, "columns": columns}],
         "max_length": 100 * round(arguments.tokens),
         "global_batch_size": arguments.pairs * group.units,
         "micro_batch_tokens": arguments.micro_batch_tokens,
@@ -169,8 +170,7 @@ class Naive:
         for loss in self.kto(rows, size) if self.stage == "kto" else self.paired(rows, size // 2):
             loss.backward()
             total += loss.item()
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total, grad_norm
@@ -220,17 +220,15 @@ class Reporter(Callback):
     """Report each step on standard output, loss and norm as Lightning's hooks tell, and wait for the parent."""
 
     def __init__(self) -> None:
-        self.out, self.start = sys.stdout, os.times()
-        self.loss = self.grad_norm = 0.0
+        self.start, self.loss, self.grad_norm = os.times(), 0.0, 0.0
 
     def report(self) -> bool:
         """Report a step, and wait; whether another one is asked for."""
         user, system, _, _, seconds = np.subtract(os.times(), self.start).tolist()
         step = Measured(seconds, user + system, system, memory_mib("VmHWM"), self.loss, self.grad_norm)
-        print(json.dumps(step), file=self.out, flush=True)
-        is_asked = bool(sys.stdin.readline())
-        self.loss, self.start = 0.0, os.times()
-        return is_asked
+        print(json.dumps(step), file=sys.__stdout__, flush=True)
+        line, self.loss, self.start = sys.stdin.readline(), 0.0, os.times()
+        return bool(line)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add the part of a micro-batch."""
@@ -343,11 +341,9 @@ def main() -> None:
     quiet_libraries()
     seed_everything(0, verbose=False)
     if arguments.child:
-        reporter = Reporter()
-        with redirect_stdout(sys.stderr):
-            return child(arguments, reporter)
-    RESULTS.write_text(text := measure_all(arguments), encoding="utf-8")
-    print(text)
+        with redirect_stdout(sys.stderr):  # what libraries print there is no report
+            return child(arguments, Reporter())
+    RESULTS.write_text(measure_all(arguments), encoding="utf-8")
 
 
 if __name__ == "__main__":

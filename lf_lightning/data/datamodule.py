@@ -256,6 +256,7 @@ class DataModule(LightningDataModule):
             return EvalLoader(partial(self._one_by_one, self.sets.predicted))
         return self.prompt_loader("predict", batch_size=self.predict_batch_size)
 
+    wants_partners = True  # kto: whether the loss estimates a kl; the stage sets it
     predict_batch_size = 8  # prompts of a batch; the stage sets it from its generation spec
 
     # ------------------------------------------------------------------ doors for notebooks and callbacks
@@ -270,14 +271,15 @@ class DataModule(LightningDataModule):
             epoch=epoch,
             shuffle=self.arguments["shuffle"] and trains,
         )
-        if self.task != "kto":
+        if self.task != "kto" or not self.wants_partners:
             return units
         step_size = self.global_batch_size if trains else None
         return chosen.paired(units, kl_pairs=self.arguments["kl_pairs"], step_size=step_size)
 
     def reference_key(self, split: Split, epoch: int = 0) -> tuple[Split, int]:
         """Where `stored_reference` keeps what an epoch needs: the epoch counts only where it changes the partners."""
-        changes = self.task == "kto" and split == "train" and self.arguments["kl_pairs"] == "step"
+        changes = self.task == "kto" and self.wants_partners and self.arguments["kl_pairs"] == "step"
+        changes = changes and split == "train"
         return split, epoch if changes else 0
 
     def reference_batches(self, split: Split, epoch: int = 0) -> EvalLoader:

@@ -132,7 +132,9 @@ def add_value_head(
         return False
     names = [tuning.adapter] if isinstance(tuning, LoRA) and tuning.adapter else []
     names += [path] if path else []
-    folder = next(filter(None, (find_value_head(name, revision=revision) for name in names)), None)
+    folder = next(
+        filter(None, (find_value_head(name, revision=revision if name == path else None) for name in names)), None
+    )
     if folder is not None:
         load_value_head(head, folder)
         return True

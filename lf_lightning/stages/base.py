@@ -23,12 +23,12 @@ from lf_lightning.models.generation import generate_answers
 from lf_lightning.models.sharding import clip_gradients
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate, trained_parameters
 from lf_lightning.stages.building import build_backbone
-from lf_lightning.stages.doors import check_trainer
+from lf_lightning.stages.doors import check_data, check_trainer
 from lf_lightning.stages.layout import settle_layout
 from lf_lightning.stages.means import SetMeans
 from lf_lightning.stages.non_finite import NonFinite
 from lf_lightning.stages.ranks import Ranks, seed_random_layers
-from lf_lightning.stages.resume import check_same_stage, state_of
+from lf_lightning.stages.resume import restore, state_of
 from lf_lightning.stages.speed import TokenCount
 from lf_lightning.types import (
     Answer,
@@ -152,6 +152,7 @@ class Stage(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuse trainers that would train wrong numbers, and tell the data how many prompts go together."""
         check_trainer(self.trainer)
+        check_data(type(self).__name__, self.task, self.data)
         if self.data is not None:
             self.data.predict_batch_size = self.generation.batch_size
 
@@ -304,11 +305,7 @@ class Stage(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the weights of the checkpoint's folder, and with the layout that the run had settled on."""
-        state = checkpoint["stage"]
-        check_same_stage(state, name=type(self).__name__, num_trained=self.backbone.num_parameters()[0])
-        self.isolation = Isolation(*state["isolation"]) if state["isolation"] else None
-        self.tokens.total, self.guard.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
-        self.memory = dict(state["memory"])
+        restore(self, checkpoint["stage"])
         load_weights(self.backbone, Path(str(self.trainer.ckpt_path)).parent.parent)
 
     def on_train_start(self) -> None:

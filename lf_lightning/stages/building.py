@@ -34,8 +34,7 @@ def build_backbone(stage: Stage) -> Backbone:
     check_output_layer(backbone)
     if isinstance(stage.trainer.strategy, ModelParallelStrategy):
         assert stage.device_mesh is not None
-        for model in (backbone, *stage.companions):
-            shard(model, stage.device_mesh)
+        shard(backbone, stage.device_mesh)
     trained, everything = backbone.num_parameters()
     share = f", {trained:,} of them train ({100 * trained / everything:.2f} %)"
     place = f" on {stage.trainer.world_size} x {stage.trainer.strategy.root_device}"

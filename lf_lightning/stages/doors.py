@@ -10,6 +10,23 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from lf_lightning.types import InputError
 
 
+def check_data(stage: str, task: str, data: Any) -> None:
+    """Refuse a DataModule that encodes for another stage.
+
+    Args:
+        stage: Name of the stage.
+        task: Its task.
+        data: The DataModule; None where the user brings loaders.
+
+    Raises:
+        InputError: As said.
+    """
+    if data is not None and data.task != task:
+        raise InputError(
+            f"data.task: must be {task} for {stage}, got {data.task}. Pass DataModule(backbone, {task!r}, ...)."
+        )
+
+
 def check_trainer(trainer: Trainer) -> None:
     """Refuse what would train wrong numbers without an error.
 

@@ -21,7 +21,7 @@ from lf_lightning.losses.preference import (
 )
 from lf_lightning.models import LoRA, ReferenceSpec, Tuning
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec
-from lf_lightning.stages.judgement import JudgementStage, joined
+from lf_lightning.stages.judgement import ROUNDING, JudgementStage, joined
 from lf_lightning.types import BackboneSpec, GenerationSpec, InputError, LossSums, PreferenceBatch, StepBatch
 
 LossName = Literal[
@@ -46,8 +46,9 @@ LossName = Literal[
 class PairValues(NamedTuple):
     """Numbers of P pairs; the second dimension is chosen, rejected."""
 
-    policy: Tensor  # (P, 2) log-probs of the responses
+    policy: Tensor  # (P, 2) log-probs of the responses, as `ld_alpha` weighs their tokens
     reference: Tensor  # (P, 2) the same under the reference; zeros where the loss knows none
+    whole: Tensor  # (P, 2) log-probs of the responses, all tokens alike
     lengths: Tensor  # (P, 2) tokens
     num_correct: Tensor  # (P, 2) tokens that were the likeliest
     entropy: Tensor  # (P, 2) in nats
@@ -73,7 +74,7 @@ class DPO(JudgementStage):
         ftx: Weight of learning the chosen response itself, >= 0.
         bco_weight: Weight of the BCO mix, >= 0; needs a loss with a reference.
         ld_alpha: Weight of the tokens of the longer response that have no counterpart in the shorter one, in [0, 1]
-            (LD-DPO). In policy and reference alike.
+            (LD-DPO). In policy and reference alike. Means are over all tokens of a response nevertheless.
         reference: The frozen model that the policy is held against.
         constants: What only some losses read: label_smoothing, simpo_gamma, discopop_tau.
         max_grad_norm: Largest global norm of the gradient, > 0; larger ones are scaled down to it. Empty: no limit.
@@ -158,8 +159,8 @@ class DPO(JudgementStage):
         if micro_batch.reference is not None:
             whole, front = micro_batch.reference.to(policy.dtype).unbind(2)
             reference = length_desensitized(whole, front, ld_alpha=self.ld_alpha)
-        rest = (part.view(-1, 2) for part in (found.lengths, found.num_correct, found.entropy))
-        return PairValues(policy.view(-1, 2), reference, *rest)
+        rest = (found.log_probs, found.lengths, found.num_correct, found.entropy)
+        return PairValues(policy.view(-1, 2), reference, *(part.view(-1, 2) for part in rest))
 
     def log_ratios(self, values: PairValues) -> LogRatios:
         """Log policy - log reference of both responses, as sums or as means per token, as the loss wants them."""
@@ -177,13 +178,13 @@ class DPO(JudgementStage):
             losses = mixed_loss(losses, bco_shifted_loss(ratios, beta=self.beta, delta=delta), weight=self.bco_weight)
         terms = {"preference": losses.sum()}
         if self.ftx:
-            terms["sft"] = -(values.policy / values.lengths)[:, 0].sum()
+            terms["sft"] = -(values.whole / values.lengths)[:, 0].sum()
         chosen, rejected = preference_rewards(ratios, beta=self.beta)
-        log_probs = values.policy / values.lengths if self.preference_loss.uses_means else values.policy
+        log_probs = values.whole / values.lengths if self.preference_loss.uses_means else values.whole
         metrics = {
             "rewards/chosen": chosen.sum(),
             "rewards/rejected": rejected.sum(),
-            "rewards/accuracies": (chosen > rejected).sum(),
+            "rewards/accuracies": (ratios.margin.detach() > ROUNDING).sum(),
             "rewards/margins": (chosen - rejected).sum(),
             "logps/chosen": log_probs[:, 0].sum(),
             "logps/rejected": log_probs[:, 1].sum(),

@@ -8,14 +8,20 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lf_lightning.callbacks.run_log import log_is_due
 from lf_lightning.losses.log_probs import front_sums, sequence_lengths, sequence_sums, token_statistics
 from lf_lightning.models import Backbone, Reference, ReferenceSpec, load_reference, without_dropout
+from lf_lightning.models.reference import resolved_kind
+from lf_lightning.models.sharding import shard
 from lf_lightning.stages.base import Stage
 from lf_lightning.stages.reference_store import fill_stored_reference
 from lf_lightning.types import BackboneSpec, Kernel, LossSums, OutputLayer, StepBatch, TokenBatch
+
+ROUNDING = 1e-4
+"""Nats by which a response must be ahead to count as ahead: while policy = reference all differences are rounding."""
 
 
 class SequenceStatistics(NamedTuple):
@@ -45,11 +51,10 @@ class JudgementStage(Stage):
     def __init__(self, backbone: BackboneSpec, *, reference: ReferenceSpec | None, **options: Any) -> None:
         super().__init__(backbone, **options)
         self.reference_spec = reference
+        self._is_separate = reference is not None and resolved_kind(reference, self.tuning) in ("copy", "model")
         self.wants_entropy = False
         """Whether the step is logged: entropy costs a pass over the logits."""
         self._reference: Reference | None = None
-        self._kept: list[Any] = []
-        self._kept_counts: dict[str, int] = {}
 
     # ------------------------------------------------------------------ what a stage defines
 
@@ -81,32 +86,43 @@ class JudgementStage(Stage):
     # ------------------------------------------------------------------ the model and its reference
 
     def extend_backbone(self, backbone: Backbone) -> None:
-        """Load the reference before the policy gets any trained weights."""
+        """Take a reference that lives in the policy, before the policy gets any trained weights."""
         if self.reference_spec is None:
             return
         without_dropout(backbone)
-        if self.trainer.state.fn == "predict":
-            return
-        vocab_size = len(self.data.tokenizer) if self.data is not None else 0
-        self._reference = load_reference(
-            self.reference_spec, backbone, self.backbone_spec, self.tuning, vocab_size=vocab_size, seed=self.seed
-        )
+        if not self._is_separate:
+            self._reference = self._loaded_reference(backbone)
 
     @property
     def companions(self) -> list[Backbone]:
-        """The reference, where it is a model of its own."""
-        reference = self._reference
-        return [reference.backbone] if reference is not None and reference.is_separate else []
+        """The reference, where it is a model of its own: loaded when it is first asked for."""
+        if not self._is_separate:
+            return []
+        if self._reference is None:
+            self._reference = self._loaded_reference(self.backbone)
+            if isinstance(self.trainer.strategy, ModelParallelStrategy):
+                assert self.device_mesh is not None
+                shard(self._reference.backbone, self.device_mesh)
+        return [self._reference.backbone]
+
+    def _loaded_reference(self, policy: Backbone) -> Reference:
+        assert self.reference_spec is not None
+        vocab_size = len(self.data.tokenizer) if self.data is not None else 0
+        return load_reference(
+            self.reference_spec, policy, self.backbone_spec, self.tuning, vocab_size=vocab_size, seed=self.seed
+        )
 
     def prepare_run(self) -> None:
         """Bring the reference to the device, or compute all its log-probs now and let it go."""
+        if self.data is not None:
+            self.data.stored_reference.clear()  # another stage's, whose reference was another
         if self.reference_spec is None or self._reference is None:
             return
         self._reference.to(self.device)
         if self.reference_spec.precompute:
             with self.quiet(), self.trainer.precision_plugin.forward_context():
                 fill_stored_reference(self, self._reference)
-            if self.companions:
+            if self._is_separate:
                 self._reference = None
 
     def with_reference(self, micro_batch: Any) -> Any:
@@ -159,16 +175,15 @@ class JudgementStage(Stage):
         """Keep the numbers of each unit: the loss may need statistics of the whole set."""
         (micro_batch,) = step.micro_batches
         self.wants_entropy = True
-        self._kept.append(self.unit_values(self.with_constants(micro_batch)))
-        for name, count in self.step_counts(step).items():
-            self._kept_counts[name] = self._kept_counts.get(name, 0) + count
+        values = self.unit_values(self.with_constants(micro_batch))
+        self._means.kept.append((values, self.step_counts(step)))
 
     def finish_evaluation(self) -> None:
         """Statistics of the set, then the sums of its loss."""
-        values = joined(self._kept)
+        values = joined([values for values, _ in self._means.kept])
+        counts = [counts for _, counts in self._means.kept]
         self.observe_set(values)
-        self._means.update(self.loss_sums(values), self._kept_counts)
-        self._kept, self._kept_counts = [], {}
+        self._means.update(self.loss_sums(values), {name: sum(each[name] for each in counts) for name in counts[0]})
 
 
 def statistics_kernel(tokens: TokenBatch, *, pairs: bool, with_entropy: bool = False) -> Kernel:

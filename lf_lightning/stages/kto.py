@@ -13,12 +13,8 @@ from lf_lightning.console import say
 from lf_lightning.losses.kto import KTO_LOSSES, kl_estimate, weight_ratio, weights_in_range
 from lf_lightning.models import LoRA, ReferenceSpec, Tuning
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec
-from lf_lightning.stages.judgement import JudgementStage
+from lf_lightning.stages.judgement import ROUNDING, JudgementStage
 from lf_lightning.types import BackboneSpec, FeedbackBatch, GenerationSpec, InputError, LossSums, StepBatch
-
-
-ROUNDING = 1e-4
-"""Nats by which a response must have moved to count as moved: at the start all differences are rounding."""
 
 
 class FeedbackValues(NamedTuple):
@@ -116,6 +112,8 @@ class KTO(JudgementStage):
         """
         if not self.feedback_loss.uses_kl and self.data is not None and self.data.arguments["kl_pairs"] != "step":
             raise InputError(f"data.kl_pairs: {self.loss} estimates no kl, got dataset. Remove it, or set loss: kto.")
+        if self.data is not None:
+            self.data.wants_partners = self.feedback_loss.uses_kl
         if self.data is not None and self.trainer.state.fn == "fit":
             warn_of_weights(self.desirable_weight, self.undesirable_weight, *self.data.num_desirable("train"))
         super().prepare_run()

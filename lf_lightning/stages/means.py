@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ class SetMeans(nn.Module):
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()
+        self.kept: list[tuple[Any, dict[str, int]]] = []
+        """What a stage keeps of each micro-batch, with its counts, until the set is complete."""
         self._names = tuple(names)
         self._totals = {
             (name, what): SumMetric(nan_strategy="disable") for name in self._names for what in ("sum", "count")

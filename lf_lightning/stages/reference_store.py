@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 SAVE_EVERY = 64
 """Micro-batches between two saves: what an interruption can lose."""
 
-TOLERANCE = {"32-true": 1e-3, "bf16-mixed": 3e-2, "16-mixed": 1e-2}
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference between a stored and a recomputed log-prob that rounding explains, relative to 1 + its size."""
+COMPUTED_IN = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Table(NamedTuple):
@@ -83,7 +84,8 @@ def fill_stored_reference(stage: JudgementStage, reference: Reference) -> None:
         key = hashlib.sha256(parts.encode()).hexdigest()[:32]
         name = table_name(data.units(split, epoch))
         path = folder / key / name if folder is not None else None
-        data.stored_reference[data.reference_key(split, epoch)] = _filled(stage, path, split=split, epoch=epoch)
+        table = _filled(stage, reference, path, split=split, epoch=epoch)
+        data.stored_reference[data.reference_key(split, epoch)] = table
 
 
 def num_epochs(stage: JudgementStage) -> int:
@@ -101,7 +103,9 @@ def table_name(units: Sequence[Unit]) -> str:
     return f"partners-{hashlib.sha256(str(partners).encode()).hexdigest()[:16]}.npy" if partners else "pairs.npy"
 
 
-def _filled(stage: JudgementStage, path: Path | None, *, split: str, epoch: int) -> NDArray[np.float64]:
+def _filled(
+    stage: JudgementStage, reference: Reference, path: Path | None, *, split: str, epoch: int
+) -> NDArray[np.float64]:
     """The table of a set, complete for its units, with its trailing shape."""
     loader = stage.data.reference_batches(split, epoch)
     ranks, shape = stage.ranks, stage.reference_shape
@@ -109,6 +113,8 @@ def _filled(stage: JudgementStage, path: Path | None, *, split: str, epoch: int)
     table = Table.opened(path if stage.trainer.is_global_zero else None, num_rows=num_rows, width=width)
     table.values[:] = stage.trainer.strategy.broadcast(table.values)
     own = np.full_like(table.values, np.nan)
+    types = (COMPUTED_IN[stage.trainer.precision], next(reference.backbone.parameters()).dtype)
+    tolerance = max(TOLERANCE[each] for each in types)
     num_units, num_computed, is_checked = len(stage.data.units(split, epoch)), 0, False
     for index, step in enumerate(loader):
         (micro_batch,) = stage.trainer.strategy.batch_to_device(step).micro_batches
@@ -118,7 +124,7 @@ def _filled(stage: JudgementStage, path: Path | None, *, split: str, epoch: int)
         if not ranks.all_agree(not is_wanted):  # where a model is sharded, its ranks run together
             found = stage.reference_sums(micro_batch).double().reshape(len(rows), width).cpu().numpy()
             if is_known:
-                check_same(table, rows, found, tolerance=TOLERANCE[stage.trainer.precision])
+                check_same(table, rows, found, tolerance=tolerance)
                 is_checked = is_checked or len(rows) > 0
             else:
                 own[rows], num_computed = found, num_computed + len(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lf_lightning.types import InputError
+from lf_lightning.types import InputError, Isolation
 
 if TYPE_CHECKING:
     from lf_lightning.stages.base import Stage
@@ -20,6 +20,18 @@ def state_of(stage: Stage) -> dict[str, Any]:
         "num_skipped_steps": stage.guard.num_skipped_steps,
         "memory": dict(stage.memory),
     }
+
+
+def restore(stage: Stage, state: dict[str, Any]) -> None:
+    """Give a stage back what `state_of` wrote.
+
+    Raises:
+        InputError: It is the state of another stage, or of other trained parameters.
+    """
+    check_same_stage(state, name=type(stage).__name__, num_trained=stage.backbone.num_parameters()[0])
+    stage.isolation = Isolation(*state["isolation"]) if state["isolation"] else None
+    stage.tokens.total, stage.guard.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
+    stage.memory = dict(state["memory"])
 
 
 def check_same_stage(state: dict[str, Any], *, name: str, num_trained: int) -> None:

@@ -89,7 +89,7 @@ class RM(JudgementStage):
             backbone, self.value_head, tuning=self.tuning, path=spec.path, seed=self.seed, revision=spec.revision
         )
         if not is_loaded and self.weights_folder is None and self.trainer.ckpt_path is None:
-            say("value head: new, since neither adapter nor backbone brings one")
+            say("value head: new, since neither adapter nor backbone holds a value_head file")
 
     def step_counts(self, step: StepBatch) -> dict[str, int]:
         """Pairs of the step; they divide everything."""

@@ -144,7 +144,7 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         (PAIRS, {**HISTORY, "c": "yes", "r": "no", "m": 0}),
         (TAGS, {**HISTORY, "a": "yes", "good": True}),
     ):
-        task: Task = "kto" if source is TAGS else "dpo"
+        task: Task = "kto" if source is TAGS else "rm"
         records = Source(source.name, None, "alpaca", source.columns, {}, source.ranking, (row,))
         (prompt,) = prompt_rows([records], tokenizer, template, task=task)
         (result,) = encode_judgements([row], source, EncodeOptions(task), tokenizer, template)

@@ -140,9 +140,10 @@ def test_a_quickstart_that_judges_rises_from_below_six_of_ten_to_above_nine(stag
     lf_lightning("fit", *options, f"--trainer.default_root_dir={tmp_path / 'run'}")
     wall, busy = (after - before_ for before_, after in zip(start, clock(), strict=True))
     after = accuracy(tmp_path / "run", stage)
-    lf_lightning("validate", *options, f"--trainer.default_root_dir={tmp_path / 'run'}", "--ckpt_path", "last")
+    again = [f"--trainer.default_root_dir={tmp_path / 'run'}", "--ckpt_path", str(tmp_path / "run" / "final")]
+    lf_lightning("validate", *options, *again)
     assert accuracy(tmp_path / "run", stage) == pytest.approx(after, abs=1e-9)
     assert before < 0.6
     assert after > 0.9
-    assert wall < 180
+    assert busy < 180  # processor seconds: the wall clock is that of whoever else computes
     print(f"\n| {stage} | {seed} | {before:.3f} -> {after:.3f} | {wall:.0f} | {busy:.0f} |")

@@ -9,7 +9,21 @@ from unittest.mock import patch
 
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from lf_lightning import DPO, KTO, RM, AdamW, BackboneSpec, DataModule, RunCheckpoint, ScheduleSpec
+import lf_lightning
+from lf_lightning import (
+    DPO,
+    KTO,
+    RM,
+    AdamW,
+    BackboneSpec,
+    DataModule,
+    GenerationSpec,
+    PreferenceConstants,
+    ReferenceSpec,
+    RunCheckpoint,
+    ScheduleSpec,
+    ValueHeadSpec,
+)
 from lf_lightning.models import Tuning
 from tests.cli.runs import LLAMA, config, lightning, log_rows
 
@@ -60,10 +74,39 @@ def fit(folder: Path, stage: str, run: str = "run", **changes: Any) -> Path:
     return folder / run
 
 
-def first_losses(folder: Path, stage: str, **changes: Any) -> list[float]:
-    """The losses of a run of two steps."""
+SPECS: dict[str, Any] = {
+    "backbone": BackboneSpec,
+    "schedule": ScheduleSpec,
+    "generation": GenerationSpec,
+    "reference": ReferenceSpec,
+    "constants": PreferenceConstants,
+    "value_head": ValueHeadSpec,
+}
+
+
+def first_rows(folder: Path, stage: str, *, through_cli: bool = False, **changes: Any) -> list[dict[str, Any]]:
+    """The log of a run of two steps; without the command line, whose parser takes most of the time, unless asked."""
     changes = {"trainer__max_steps": 2, "checkpoint__every_n_steps": None, "data__shuffle": False, **changes}
-    return [row["loss"] for row in log_rows(fit(folder, stage, **changes)) if "loss" in row]
+    if through_cli:
+        return log_rows(fit(folder, stage, **changes))
+    settings = judged(folder, stage, **changes)
+    seed_everything(settings["seed_everything"])
+    options = {}
+    for name, value in settings["model"]["init_args"].items():
+        if isinstance(value, dict) and "class_path" in value:
+            value = getattr(lf_lightning, value["class_path"])(**value.get("init_args", {}))
+        options[name] = SPECS[name](**value) if isinstance(value, dict) else value
+    module = STAGES[stage](**options)
+    callbacks = [RunCheckpoint(every_n_steps=None)]
+    trainer = Trainer(**settings["trainer"], callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False)
+    with patch("lf_lightning.callbacks.plots.plot_curve"):
+        trainer.fit(module, DataModule(options["backbone"], module.task, **settings["data"]))
+    return log_rows(folder / "run")
+
+
+def first_losses(folder: Path, stage: str, **changes: Any) -> list[float]:
+    """The losses of `first_rows`."""
+    return [row["loss"] for row in first_rows(folder, stage, **changes) if "loss" in row]
 
 
 def python_fit(

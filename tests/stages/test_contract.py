@@ -298,7 +298,12 @@ def run(cases: list[Case], num_ranks: int, folder: Path) -> list[list[dict[str, 
     rows = write_rows(folder)
     for each in cases:
         each.options["data"] |= rows[each.options["stage"]]
-    (folder / "cases.json").write_text(json.dumps([each.options for each in cases]))
+    return launch([each.options for each in cases], num_ranks, folder)
+
+
+def launch(cases: list[dict[str, Any]], num_ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
+    """Run contract_run.py on the cases; what every rank saw of every case."""
+    (folder / "cases.json").write_text(json.dumps(cases))
     root = Path(__file__).resolve().parents[2]
     script = root / "tests" / "stages" / "contract_run.py"
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -311,7 +316,7 @@ def run(cases: list[Case], num_ranks: int, folder: Path) -> list[list[dict[str, 
             os.killpg(process.pid, signal.SIGKILL)  # its other ranks too: they would wait for each other forever
             code = process.wait()
     assert code == 0, (folder / "log").read_text()[-4000:]
-    return [[torch.load(folder / f"{each.options['name']}.{rank}.pt") for rank in range(num_ranks)] for each in cases]
+    return [[torch.load(folder / f"{each['name']}.{rank}.pt") for rank in range(num_ranks)] for each in cases]
 
 
 def furthest(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lf_lightning.models import Full, ValueHeadSpec, add_value_head, load_backbone
 from tests.stages.contract_run import ADAMW, SEED, backbone_spec, exact_norm
-from tests.stages.test_contract import byte_ids, chunks
+from tests.stages.test_contract import byte_ids, chunks, launch
 
 NUM_TRAIN, NUM_VAL, STEP = 10, 5, 4
 BETA = 0.3
@@ -334,19 +330,7 @@ def all_cases() -> list[dict[str, Any]]:
 def run(cases: list[dict[str, Any]], num_ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
     """What every rank saw of every case, from one launch."""
     rows = write_rows(folder)
-    (folder / "cases.json").write_text(json.dumps([{**c, "data": {**c["data"], **rows[c["stage"]]}} for c in cases]))
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(root / "tests" / "stages" / "contract_run.py"), str(folder), str(num_ranks)]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            code = process.wait(timeout=400)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-    assert code == 0, (folder / "log").read_text()[-4000:]
-    return [[torch.load(folder / f"{each['name']}.{rank}.pt") for rank in range(num_ranks)] for each in cases]
+    return launch([{**each, "data": {**each["data"], **rows[each["stage"]]}} for each in cases], num_ranks, folder)
 
 
 def furthest(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
