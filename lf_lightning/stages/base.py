@@ -152,7 +152,6 @@ class Stage(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuse trainers that would train wrong numbers, and tell the data how many prompts go together."""
         check_trainer(self.trainer)
-        check_data(type(self).__name__, self.task, self.data)
         if self.data is not None:
             self.data.predict_batch_size = self.generation.batch_size
 
@@ -171,7 +170,8 @@ class Stage(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Bring the run folder, the checkpoints and the logs where the trainer has none of ours."""
+        """Bring run folder, checkpoints and logs where the trainer has none of ours; called before data is read."""
+        check_data(type(self).__name__, self.task, self.data)
         present = vars(self.trainer)["callbacks"]
         return [ours for ours in default_callbacks() if not any(isinstance(theirs, type(ours)) for theirs in present)]
 
@@ -292,7 +292,10 @@ class Stage(LightningModule, ABC):
     # ------------------------------------------------------------------ state
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the trained weights as transformers or peft would, with what only a resume needs in trainer_state/."""
+        """Write the trained weights as transformers or peft would, with what only a resume needs in trainer_state/.
+
+        Callbacks add the tokenizer and a value head to every checkpoint and to final/.
+        """
         writes = self.trainer.is_global_zero
         save_weights(self.backbone, folder, base=self.backbone_spec.path, writes=writes)
         if writes and (folder / "trainer_state").is_dir():
