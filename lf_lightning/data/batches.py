@@ -16,7 +16,7 @@ from lf_lightning.data.prompts import Prompt
 from lf_lightning.data.store import TokenStore
 from lf_lightning.types import InputError, Isolation, Layout, MicroBatch, PromptBatch, StepBatch, Task, Unit
 
-Reference = NDArray[np.float64] | None
+StoredReference = NDArray[np.float64] | None
 """Stored reference log-probs by document of the store, (D, 2, 2) of pairs or (D, 2) of feedback; None: none stored."""
 
 
@@ -52,7 +52,7 @@ class Batches:
             )
         return preference_costs(units, store, layout=self.layout, share_prompt=self.share_prompt)
 
-    def micro_batch(self, units: Sequence[Unit], store: TokenStore, reference: Reference = None) -> MicroBatch:
+    def micro_batch(self, units: Sequence[Unit], store: TokenStore, reference: StoredReference = None) -> MicroBatch:
         """Collate the units of one micro-batch; none make a filler."""
         if self.task in ("pt", "sft"):
             return token_batch(units, store, layout=self.layout, isolate=self.isolate)
@@ -68,7 +68,7 @@ class Batches:
         return preference_batch(units, store, layout=self.layout, share_prompt=self.share_prompt, reference=reference)
 
     def step(
-        self, units: Sequence[Unit], store: TokenStore, rule: MicroBatchRule, reference: Reference = None
+        self, units: Sequence[Unit], store: TokenStore, rule: MicroBatchRule, reference: StoredReference = None
     ) -> StepBatch:
         """This rank's share of an optimizer step."""
         return StepBatch(tuple(self.micro_batch(share, store, reference) for share in self.shares(units, store, rule)))

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lf_lightning.models.adapters import Full, LoRA, Tuning
 from lf_lightning.models.loading import load_backbone
-from lf_lightning.types import BackboneSpec, InputError, Kernel, Layout, TokenBatch
+from lf_lightning.types import BackboneSpec, InputError, Kernel, TokenBatch
 
 if TYPE_CHECKING:
     from lf_lightning.models.backbone import Backbone
@@ -36,7 +36,7 @@ class ReferenceSpec:
             `snapshot`: the policy with its adapter as it is before training. `model`: another model, at `path`.
             `auto`: `model` where `path` is given; `snapshot` where an adapter is continued; `adapters_off` for a new
             adapter; else `copy`.
-        path: Folder or hub name of another model; it must read the same tokens.
+        path: Folder or hub name of another model, which must read the same tokens; code that comes with it is not run.
         adapter: Folder of an adapter on top of that model.
         dtype: Type of a separate reference's weights (`copy`, `model`); empty means as the policy's.
         precompute: Compute the reference's log-probs once before training, and keep them on disk.
@@ -141,10 +141,6 @@ class Reference:
         if self.is_separate:
             self.backbone.to(device)
         self._snapshot = {name: tensor.to(device) for name, tensor in self._snapshot.items()}
-
-    def set_layout(self, layout: Layout) -> None:
-        """Switch the attention, as for the policy."""
-        self.backbone.set_layout(layout)
 
     def fingerprint(self) -> str:
         """SHA-256 over the reference's weights and what its configuration computes with them, in hex.
@@ -254,7 +250,9 @@ def _load_own(
         backbone_spec = replace(backbone_spec, dtype=spec.dtype)
         tuning = tuning if isinstance(tuning, LoRA) else Full()  # Freeze casts between types, which are all one here
     if kind == "model":
+        # its author is not the policy's, and the policy's options say nothing of it
         backbone_spec = replace(backbone_spec, path=spec.path, architecture=None, revision=None)
+        backbone_spec = replace(backbone_spec, trust_remote_code=False)
         tuning = LoRA(adapter=spec.adapter) if spec.adapter else Full() if isinstance(tuning, LoRA) else tuning
     try:
         return load_backbone(backbone_spec, tuning, vocab_size=vocab_size, seed=seed, trains=upcasts)

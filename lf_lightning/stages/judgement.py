@@ -174,8 +174,10 @@ class JudgementStage(Stage):
     def evaluate(self, step: StepBatch) -> None:
         """Keep the numbers of each unit: the loss may need statistics of the whole set."""
         (micro_batch,) = step.micro_batches
+        self.wants_entropy = False
+        micro_batch = self.with_constants(micro_batch)
         self.wants_entropy = True
-        values = self.unit_values(self.with_constants(micro_batch))
+        values = self.unit_values(micro_batch)
         self._means.kept.append((values, self.step_counts(step)))
 
     def finish_evaluation(self) -> None:

@@ -227,7 +227,10 @@ class KTO(JudgementStage):
         self._kl = kl_estimate(log_ratios.new_tensor(total), int(num_pairs))
         if not num_pairs and not self._was_warned:
             self._was_warned = True
-            say("KTO: a step of one row has no mismatched pair, so its kl is 0. Raise data.global_batch_size.")
+            say(
+                "KTO: a step of one row has no mismatched pair, so its kl is 0. "
+                "Choose a data.global_batch_size that leaves no step of one row."
+            )
 
 
 def check_weights(*, beta: float, desirable_weight: float, undesirable_weight: float, ftx: float) -> None:

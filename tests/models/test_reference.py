@@ -221,7 +221,7 @@ def test_layout_and_device_are_passed_on(base: Path) -> None:
     policy = loaded(folder_spec(base), Full())
     reference = reference_of(ReferenceSpec(), policy, folder_spec(base), Full())
     reference.to(torch.device("cpu"))
-    reference.set_layout("padding_free")
+    reference.backbone.set_layout("padding_free")
     assert reference.backbone.is_padding_free
     assert not policy.is_padding_free
 
