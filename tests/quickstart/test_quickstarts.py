@@ -119,11 +119,16 @@ def accuracy(folder: Path, stage: str) -> float:
 
 
 @pytest.mark.parametrize("stage", ACCURACY)
-def test_a_few_steps_of_a_quickstart_that_judges(stage: str, tmp_path: Path):
-    lf_lightning("fit", "--config", f"configs/{stage}/quickstart.yaml", *short(tmp_path), "--data.max_samples=64")
+def test_the_first_steps_of_a_quickstart_that_judges_bring_it_from_below_six_of_ten_to_above_nine(
+    stage: str, tmp_path: Path
+):
+    steps = {"max_steps": 40, "log_every_n_steps": 1, "val_check_interval": 40, "default_root_dir": tmp_path}
+    options = [f"--trainer.{name}={value}" for name, value in steps.items()] + ["--data.cache_dir=null"]
+    lf_lightning("fit", "--config", f"configs/{stage}/quickstart.yaml", *options)
     rows = log(tmp_path)
-    assert len([row for row in rows if "loss" in row]) == 8
-    assert 0.0 <= next(row for row in rows if "eval_loss" in row)[ACCURACY[stage]] <= 1.0
+    first = next(row for row in rows if "loss" in row)  # of the untrained model, on the first 32 rows
+    assert first[ACCURACY[stage].removeprefix("eval_")] < 0.6
+    assert accuracy(tmp_path, stage) > 0.9
     model, tokenizer = opened(tmp_path / "final")
     assert torch.isfinite(model(tokenizer("One", return_tensors="pt")["input_ids"]).logits).all()
     assert (tmp_path / "final" / "value_head.safetensors").is_file() == (stage == "rm")
