@@ -1,1 +1,1 @@
-"""The quickstarts' data: a small task set for sft and little stories for pt, and the script that makes them."""
+"""The quickstarts' data: tasks for sft, stories for pt, judged words for rm, dpo, kto; and what makes them."""
