@@ -312,7 +312,7 @@ INFO = {
         {"mine": {"file_name": "rows.json", "columns": {"images": "x"}}},
     ),
     "a ranking set": info(
-        ("mine: holds ranked answers (ranking), which sft cannot learn from. Choose",),
+        ("mine: holds ranked answers (ranking), sft wants conversations. Choose another dataset",),
         {"mine": {"file_name": "rows.json", "ranking": True}},
     ),
 }
