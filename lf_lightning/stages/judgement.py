@@ -77,6 +77,12 @@ class JudgementStage(Stage):
         """The micro-batch with what no gradient flows into. A hook: most stages need the reference only."""
         return self.with_reference(micro_batch)
 
+    def add_head(self, backbone: Backbone) -> None:
+        """Put a head on the model. A hook: most stages have none."""
+
+    def look_at_data(self) -> None:
+        """Check what the rows are before the reference runs on them. A hook."""
+
     def observe_step(self, micro_batches: Sequence[Any]) -> None:
         """Compute statistics of a training step from this rank's micro-batches. A hook."""
 
@@ -86,7 +92,8 @@ class JudgementStage(Stage):
     # ------------------------------------------------------------------ the model and its reference
 
     def extend_backbone(self, backbone: Backbone) -> None:
-        """Take a reference that lives in the policy, before the policy gets any trained weights."""
+        """Add a head, and take a reference that lives in the policy, before it gets any trained weights."""
+        self.add_head(backbone)
         if self.reference_spec is None:
             return
         without_dropout(backbone)
@@ -116,6 +123,7 @@ class JudgementStage(Stage):
         """Bring the reference to the device, or compute all its log-probs now and let it go."""
         if self.data is not None:
             self.data.stored_reference.clear()  # another stage's, whose reference was another
+            self.look_at_data()
         if self.reference_spec is None or self._reference is None:
             return
         self._reference.to(self.device)

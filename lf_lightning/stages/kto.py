@@ -104,19 +104,17 @@ class KTO(JudgementStage):
         self._kl = torch.zeros(())
         self._was_warned = False
 
-    def prepare_run(self) -> None:
-        """Look at the balance of liked and disliked rows before the reference is.
+    def look_at_data(self) -> None:
+        """Look at the balance of liked and disliked rows, and tell the data whether rows need partners.
 
         Raises:
             InputError: Pairs are asked for that the loss does not read.
         """
-        if not self.feedback_loss.uses_kl and self.data is not None and self.data.arguments["kl_pairs"] != "step":
+        if not self.feedback_loss.uses_kl and self.data.arguments["kl_pairs"] != "step":
             raise InputError(f"data.kl_pairs: {self.loss} estimates no kl, got dataset. Remove it, or set loss: kto.")
-        if self.data is not None:
-            self.data.wants_partners = self.feedback_loss.uses_kl
-        if self.data is not None and self.trainer.state.fn == "fit":
+        self.data.wants_partners = self.feedback_loss.uses_kl
+        if self.trainer.state.fn == "fit":
             warn_of_weights(self.desirable_weight, self.undesirable_weight, *self.data.num_desirable("train"))
-        super().prepare_run()
 
     # ------------------------------------------------------------------ the algorithm
 

@@ -82,7 +82,7 @@ class RM(JudgementStage):
         """The loss of pairs, and the penalty where it has a weight."""
         return {"reward": 1.0, **({"centering": self.centering} if self.centering else {})}
 
-    def extend_backbone(self, backbone: Backbone) -> None:
+    def add_head(self, backbone: Backbone) -> None:
         """Put the value head on the model."""
         spec = self.backbone_spec
         is_loaded = add_value_head(
