@@ -293,7 +293,7 @@ def table_rows(group: Group, found: list[list[Measured]]) -> list[str]:
     for way, steps in zip(group.ways[1:], found[1:], strict=True):
         ours = np.array(steps)
         cells = [group.stage, way, f"{group.ratio} : 1", str(len(steps))]
-        cells += [spread((naive / ours)[:, column].tolist(), "{:.2f}".format) for column in (0, 1)]
+        cells += [spread((naive[:, column] / ours[:, column]).tolist(), "{:.2f}".format) for column in (0, 1)]
         cells += ["{:.0f} ({:.0f})".format(*np.median(each, 0)[1:3]) for each in (naive, ours)]
         peaks = naive[-1, 3], ours[-1, 3]
         lines.append("| " + " | ".join([*cells, *map("{:,.0f}".format, peaks), f"{peaks[1] / peaks[0]:.2f}"]) + " |")
