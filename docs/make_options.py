@@ -19,10 +19,10 @@ from lf_lightning.callbacks import RunCheckpoint
 from lf_lightning.cli import CKPT_PATH_HELP, OVERWRITE_HELP, TRAINER_DEFAULTS
 from lf_lightning.data.datamodule import DataModule
 from lf_lightning.losses.preference import PreferenceConstants
-from lf_lightning.models import ReferenceSpec, Tuning, ValueHeadSpec
+from lf_lightning.models import GenerationSpec, ReferenceSpec, Tuning, ValueHeadSpec
 from lf_lightning.optim import OptimizerSpec, ScheduleSpec
 from lf_lightning.stages import Stage
-from lf_lightning.types import BackboneSpec, GenerationSpec
+from lf_lightning.types import BackboneSpec
 
 PAGE = Path(__file__).parent / "options.md"
 BY_THE_RUN = (RunCheckpoint, callbacks.RunFolder)

@@ -21,7 +21,8 @@ from lf_lightning.callbacks.folder import check_whole, complete_checkpoints
 from lf_lightning.callbacks.run_folder import make_writable, refuse_mixing
 from lf_lightning.console import quiet_libraries, say
 from lf_lightning.data.datamodule import DataModule
-from lf_lightning.models import Tuning
+from lf_lightning.models import GenerationEngine, Tuning
+from lf_lightning.models.rewards import Reward
 from lf_lightning.optim import OptimizerSpec
 from lf_lightning.refusal import check_top_keys, refusal
 from lf_lightning.stages import STAGES as STAGE_CLASSES
@@ -176,7 +177,7 @@ def build(argv: list[str], verb: str) -> Gate:
         InputError: The configuration is wrong; one line says what.
     """
     quiet_libraries()
-    set_parsing_settings(subclasses_enabled=[Tuning, OptimizerSpec])
+    set_parsing_settings(subclasses_enabled=[Tuning, OptimizerSpec, Reward, GenerationEngine])
     if "--help" in argv or "-h" in argv:
         print_help(argv, verb)
         raise SystemExit(0)

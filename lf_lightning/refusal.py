@@ -16,19 +16,31 @@ from lightning.pytorch import Callback, Trainer
 
 from lf_lightning.callbacks import RunCheckpoint
 from lf_lightning.data.datamodule import DataModule
+from lf_lightning.losses.grpo import GRPOConstants
+from lf_lightning.losses.ppo import PPOConstants
 from lf_lightning.losses.preference import PreferenceConstants
-from lf_lightning.models import ReferenceSpec, Tuning, ValueHeadSpec
+from lf_lightning.models import (
+    GenerationEngine,
+    GenerationSpec,
+    ReferenceSpec,
+    SamplingSpec,
+    Tuning,
+    ValueHeadSpec,
+)
+from lf_lightning.models.rewards import Reward
 from lf_lightning.optim import OptimizerSpec, ScheduleSpec
 from lf_lightning.stages import STAGES
-from lf_lightning.types import BackboneSpec, GenerationSpec, InputError
+from lf_lightning.types import BackboneSpec, InputError
 
 OWNERS: dict[str, tuple[type, ...]] = {
     "model": STAGES,
     "backbone": (BackboneSpec,),
     "schedule": (ScheduleSpec,),
-    "generation": (GenerationSpec,),
+    "generation": (GenerationSpec, SamplingSpec),
+    "engine": tuple(GenerationEngine.__subclasses__()),
+    "rewards": tuple(Reward.__subclasses__()),
     "reference": (ReferenceSpec,),
-    "constants": (PreferenceConstants,),
+    "constants": (PreferenceConstants, PPOConstants, GRPOConstants),
     "value_head": (ValueHeadSpec,),
     "tuning": tuple(Tuning.__subclasses__()),
     "optimizer": tuple(OptimizerSpec.__subclasses__()),
@@ -39,7 +51,7 @@ OWNERS: dict[str, tuple[type, ...]] = {
 }
 """Name of a group of options -> the classes whose arguments they are."""
 
-CHOICES = ("model", "tuning", "optimizer", "callbacks")
+CHOICES = ("model", "tuning", "optimizer", "callbacks", "rewards", "engine")
 """Groups that hold a class_path, with the options below init_args."""
 
 TOP = ("seed_everything", "trainer", "checkpoint", "model", "data", "ckpt_path", "overwrite", "config", "print_config")

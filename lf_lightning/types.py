@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -139,13 +140,32 @@ class FeedbackBatch(NamedTuple):
         return self.responses.num_tokens
 
 
-MicroBatch = TokenBatch | PreferenceBatch | FeedbackBatch
+class RolloutBatch(NamedTuple):
+    """Responses of a rollout with their prompts, as one micro-batch of U units."""
+
+    tokens: TokenBatch  # sequence i is the response of unit i
+    rows: Tensor  # (U,) int64: place of each response in its rollout
+    places: Tensor  # (B, T) int64: place of the token to predict among all tokens of the rollout's responses, laid end
+    # to end in the order of their rows; -1 where nothing counts
+
+    @property
+    def num_units(self) -> int:
+        """Responses in this micro-batch; 0 for a filler."""
+        return self.tokens.num_units
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompts and responses that are not padding."""
+        return self.tokens.num_tokens
+
+
+MicroBatch = TokenBatch | PreferenceBatch | FeedbackBatch | RolloutBatch
 
 
 class StepBatch(NamedTuple):
     """One optimizer step on one rank: its micro-batches, at least one. In validation it holds exactly one."""
 
-    micro_batches: tuple[Any, ...]  # of one kind: TokenBatch, PreferenceBatch or FeedbackBatch, as the task wants
+    micro_batches: tuple[Any, ...]  # of one kind, as the task wants
 
 
 class LossSums(NamedTuple):
@@ -180,6 +200,39 @@ class PromptBatch(NamedTuple):
     rows: tuple[int, ...]  # position of each prompt in its set; -1 for a filler
     prompts: tuple[str, ...]  # the text of each prompt, as rendered
     references: tuple[str, ...]  # the answer that the data gives, "" where it gives none
+    limits: tuple[int, ...] = ()  # most new tokens of each answer; empty where only the generation spec limits them
+
+
+class Response(NamedTuple):
+    """A generated answer."""
+
+    row: int  # its place in the rollout or set; -1 for a filler
+    token_ids: tuple[int, ...]  # at least one; a stop token is one of them
+    is_stopped: bool  # whether a stop token ended it, and not a limit
+    scores: tuple[float, ...] = ()  # what each reward gives it, in their order; before weights
+
+
+class Sample(NamedTuple):
+    """A response to a validation prompt, with what was made of it."""
+
+    row: int  # position in its set
+    prompt: str
+    response: str
+    reference: str  # the answer that the data gives, "" where it gives none
+    reward: float
+    kl: float | None  # summed log policy - log reference, in nats; None where there is no reference
+    length: int  # tokens
+    is_stopped: bool
+
+
+class RollsOut(Protocol):
+    """What the loader of rollouts asks of the stage."""
+
+    def rollout(self, number: int, prompts: Sequence[PromptBatch]) -> Sequence[Response]:
+        """Answer and score this rank's prompts; gives the responses of all ranks, in the order of their rows."""
+
+    def make_experience(self, steps: Sequence[StepBatch]) -> None:
+        """Compute what the updates need of every token, on this rank's optimizer steps of the first epoch."""
 
 
 class OutputLayer(NamedTuple):
@@ -189,6 +242,11 @@ class OutputLayer(NamedTuple):
     bias: Tensor | None = None  # (V,)
     scale: float = 1.0
     softcap: float | None = None
+
+    def at_temperature(self, temperature: float) -> OutputLayer:
+        """The layer whose logits are these, divided by a temperature > 0."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return self._replace(scale=self.scale / temperature, softcap=softcap)
 
 
 class Kernel(Protocol):
@@ -244,50 +302,6 @@ class BackboneSpec:
 
 
 @dataclass(frozen=True)
-class GenerationSpec:
-    """How answers are generated.
-
-    Args:
-        max_new_tokens: Most tokens of an answer, > 0.
-        do_sample: Sample from the distribution; otherwise the likeliest token is taken each time (greedy).
-        temperature: Divides the logits before sampling, > 0.
-        top_p: Sample among the likeliest tokens that together have this probability, in (0, 1].
-        top_k: Sample among this many likeliest tokens; 0 means all.
-        num_beams: Beams of beam search; 1 means none.
-        repetition_penalty: Divides the logits of tokens already present, >= 1; 1 changes nothing.
-        batch_size: Prompts that are answered together, on each device.
-    """
-
-    max_new_tokens: int = 512
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    num_beams: int = 1
-    repetition_penalty: float = 1.0
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their range.
-
-        Raises:
-            InputError: As said.
-        """
-        for name, holds, want in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature > 0, "positive; use do_sample: false for the likeliest token"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-            ("num_beams", self.num_beams >= 1, "at least 1"),
-            ("repetition_penalty", self.repetition_penalty >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-        ):
-            if not holds:
-                where = f"model.init_args.generation.{name}"
-                raise InputError(f"{where}: must be {want}, got {vars(self)[name]}. Correct it.")
-
-
-@dataclass(frozen=True)
 class Source:
     """One dataset: a file with its format, as an entry of dataset_info.json says it or as written inline.
 
@@ -319,7 +333,7 @@ class Isolation(NamedTuple):
     branches: bool = False  # padding_free only
 
 
-Task = Literal["pt", "sft", "rm", "dpo", "kto"]
+Task = Literal["pt", "sft", "rm", "dpo", "kto", "ppo", "grpo"]
 Layout = Literal["padded", "padding_free"]
 
 

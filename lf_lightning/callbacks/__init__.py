@@ -11,6 +11,7 @@ from lf_lightning.callbacks.processor import SaveProcessorCallback
 from lf_lightning.callbacks.progress import PlainProgress
 from lf_lightning.callbacks.run_folder import RunFolder
 from lf_lightning.callbacks.run_log import RunLog
+from lf_lightning.callbacks.samples import WriteSamples
 from lf_lightning.callbacks.value_head import FixValueHeadModelCallback
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RunLog",
     "SaveProcessorCallback",
     "WritePredictions",
+    "WriteSamples",
     "default_callbacks",
     "last_checkpoint",
 ]
@@ -31,4 +33,4 @@ __all__ = [
 def default_callbacks() -> list[Callback]:
     """What every run has, with its defaults; the order matters: logs before plots, the model card last."""
     saves = [SaveProcessorCallback(), FixValueHeadModelCallback(), RunFolder()]
-    return [*saves, RunLog(), PlotLoss(), WritePredictions(), RunCheckpoint()]
+    return [*saves, RunLog(), PlotLoss(), WritePredictions(), WriteSamples(), RunCheckpoint()]

@@ -66,9 +66,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         if stage.data is not None and "val" not in stage.data.sets:
             raise InputError("checkpoint.monitor: needs a validation set, got none. Set data.val_size, or remove it.")
-        known = [
-            f"val/{name}" for name in stage.reported(dict.fromkeys(("loss", *stage.coefficients, *stage.metrics), 0.0))
-        ]
+        known = [f"val/{name}" for name in stage.set_values(dict.fromkeys(stage.measured, 0.0))]
         if self.watched not in known:
             raise InputError(f"checkpoint.monitor: must be one of {', '.join(known)}, got {self.watched}. Correct it.")
         # a checkpoint is written before its step is validated, so its own value is in the log only

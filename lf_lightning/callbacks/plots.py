@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.callbacks.run_log import read_log
 
-CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies", "rewards/chosen")
+CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies", "rewards/chosen", "reward", "eval_reward")
+
 """Fields of trainer_log.jsonl that are drawn, as LlamaFactory's users know them."""
 
 

@@ -11,9 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.console import say
-from lf_lightning.types import Answer, PairScore
+from lf_lightning.types import Answer, PairScore, Sample
 
-Prediction = TypeVar("Prediction", Answer, PairScore)
+Prediction = TypeVar("Prediction", Answer, PairScore, Sample)
+Value = TypeVar("Value")
 
 PREDICTIONS = "generated_predictions.jsonl"
 
@@ -57,8 +58,13 @@ class WritePredictions(Callback):
 
 def gather_predictions(predictions: Sequence[Prediction]) -> list[Prediction]:
     """The predictions of all ranks in the order of the set."""
-    everyone: list[Sequence[Prediction]] = [list(predictions)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        everyone = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(everyone, list(predictions))
-    return sorted((each for part in everyone for each in part), key=lambda each: each.row)
+    return sorted((each for part in from_all_ranks(list(predictions)) for each in part), key=lambda each: each.row)
+
+
+def from_all_ranks(value: Value) -> list[Value]:
+    """The value of every rank, in their order; every rank must call, and all get all."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return [value]
+    everyone = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, value)
+    return everyone

@@ -19,9 +19,10 @@ class PlainProgress(Callback):
         """Print the step where it was logged."""
         if log_is_due(trainer):
             metrics = trainer.callback_metrics
+            reward = f"  reward {float(metrics['reward']):.4f}" if "reward" in metrics else ""
             loss, speed = float(metrics["loss"]), float(metrics["tokens/s"])
             total = int(trainer.estimated_stepping_batches)
-            say(f"step {trainer.global_step}/{total}  loss {loss:.4f}  {speed:,.0f} tokens/s")
+            say(f"step {trainer.global_step}/{total}  loss {loss:.4f}{reward}  {speed:,.0f} tokens/s")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the values of the set."""

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from lf_lightning.callbacks.checkpoint import RunCheckpoint
+from lf_lightning.models.rewards import Reward
 
 
 def recipe_of(trainer: Trainer, pl_module: LightningModule) -> str:
@@ -72,12 +73,19 @@ def _checkpoint_options(trainer: Trainer) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Plain data of a spec: a dictionary, with its class where there is a choice of classes."""
+    if isinstance(value, Reward):
+        return {"class_path": _class_path(type(value)), "init_args": _plain(value.option_values())}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _plain(vars(value)[field.name]) for field in dataclasses.fields(value)}
         chosen = type(value).__mro__[1] is not object  # a subclass of an abstract spec: the class is part of the choice
-        return {"class_path": type(value).__name__, "init_args": fields} if chosen else fields
+        return {"class_path": _class_path(type(value)), "init_args": fields} if chosen else fields
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _class_path(kind: type) -> str:
+    """What chooses a class: one of ours by its name, another by its path."""
+    return kind.__name__ if kind.__module__.split(".")[0] == "lf_lightning" else f"{kind.__module__}.{kind.__name__}"

@@ -12,11 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, run_folder, step_of
 from lf_lightning.callbacks.recipe import recipe_of
-from lf_lightning.callbacks.run_log import CSV, JSONL, RESULTS, cut_logs
+from lf_lightning.callbacks.run_log import CSV, JSONL, RESULTS, SAMPLES, cut_logs
 from lf_lightning.console import say
 from lf_lightning.types import InputError
 
-OF_A_RUN = ("config.yaml", JSONL, CSV, RESULTS, "final", "generated_predictions.jsonl")
+OF_A_RUN = ("config.yaml", JSONL, CSV, RESULTS, SAMPLES, "final", "generated_predictions.jsonl")
 
 
 class RunFolder(Callback):
@@ -104,7 +104,7 @@ def model_card(trainer: Trainer, stage: Any, config: str) -> str:
     }
     head = ["---", "library_name: " + ("peft" if stage.backbone.is_adapter else "transformers")]
     head += [f"base_model: {spec.path}"] if spec.path else []
-    kind = "text-generation" if stage.backbone.value_head is None else "reward-model"
+    kind = "reward-model" if stage.task == "rm" else "text-generation"
     head += [f"tags: [lf-lightning, {kind}]", "---", ""]
     body = [f"# {run_folder(trainer).name}", "", f"Trained by lf_lightning's {type(stage).__name__} stage.", ""]
     body += [f"- base model: {spec.path or 'none, built from an architecture'}", f"- data: {', '.join(names)}"]

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.console import say
 
-JSONL, CSV, RESULTS = "trainer_log.jsonl", "metrics.csv", "all_results.json"
+JSONL, CSV, RESULTS, SAMPLES = "trainer_log.jsonl", "metrics.csv", "all_results.json", "samples.jsonl"
 
 
 def log_is_due(trainer: Trainer, *, ahead: int = 0) -> bool:
@@ -154,11 +154,12 @@ def _append_csv(path: Path, row: dict[str, Any]) -> None:
 
 def cut_logs(folder: Path, step: int) -> None:
     """Take back what was logged after a step, and a line that a kill has torn."""
-    path = folder / JSONL
-    if path.is_file():
-        rows = [row for line in path.read_text().splitlines() if (row := _parsed(line)) is not None]
-        kept = [row for row in rows if row.get("current_steps", 0) <= step]
-        _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+    for path in (folder / JSONL, folder / SAMPLES):
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold other line ends
+            rows = [row for line in lines if (row := _parsed(line)) is not None]
+            kept = [row for row in rows if row.get("current_steps", 0) <= step]
+            _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     path = folder / CSV
     if path.is_file():
         with path.open(newline="") as handle:
@@ -175,7 +176,7 @@ def cut_logs(folder: Path, step: int) -> None:
 def _replace(path: Path, text: str) -> None:
     """Give a file another content, all at once."""
     hidden = path.with_name(f".{path.name}.tmp")
-    with hidden.open("w", newline="") as handle:
+    with hidden.open("w", newline="", encoding="utf-8") as handle:
         handle.write(text)
     hidden.replace(path)
 

@@ -33,10 +33,18 @@ class Call(NamedTuple):
     dtype: torch.dtype  # of the matrix products
     with_grad: bool
     with_entropy: bool
+    entropy_grad: bool = False
 
     @classmethod
     def of(
-        cls, hidden: Tensor, layer: OutputLayer, *, num_rows: int, chunk_size: int | None, with_entropy: bool = False
+        cls,
+        hidden: Tensor,
+        layer: OutputLayer,
+        *,
+        num_rows: int,
+        chunk_size: int | None,
+        with_entropy: bool = False,
+        entropy_grad: bool = False,
     ) -> Call:
         """Settle type and chunk, outside of the autograd function: inside, autograd's own switches are off."""
         assert chunk_size is None or chunk_size > 0, f"chunk_size must be > 0, got {chunk_size}"
@@ -48,7 +56,9 @@ class Call(NamedTuple):
         if chunk_size is None:
             chunk_size = CPU_CHUNK_ROWS if device == "cpu" else ACCELERATOR_CHUNK_BYTES // (4 * len(layer.weight))
         chunk_size = max(1, min(chunk_size, num_rows))
-        return cls(layer.scale, layer.softcap, chunk_size, dtype, torch.is_grad_enabled(), with_entropy)
+        with_grad = torch.is_grad_enabled()
+        entropy_grad = entropy_grad and with_entropy and with_grad
+        return cls(layer.scale, layer.softcap, chunk_size, dtype, with_grad, with_entropy, entropy_grad)
 
 
 class RowStatistics(NamedTuple):
@@ -101,7 +111,9 @@ class _Chunk(NamedTuple):
 
     span: slice  # where it lies in all rows
     rows: Tensor  # (C, H) hidden states
-    residual: Tensor  # (C, V) total * (softmax(z) - one_hot(target)), times the slope of the cap
+    residual: (
+        Tensor  # (C, V) total * (softmax(z) - one_hot(target)), times the slope of the cap; or as `_entropy_residual`
+    )
     total: Tensor  # (C,) sum of e^(z - max) over the words
     coefficient: Tensor  # (C,) weight of each row's nll
 
@@ -195,6 +207,33 @@ def _exponentiate(
     return total, RowStatistics((picked - top).squeeze(1) - total.log(), is_correct, entropy)
 
 
+def _entropy_residual(
+    exponentials: Tensor,
+    spare: Tensor,
+    target: Tensor,
+    weights: tuple[Tensor, Tensor],
+    *,
+    total: Tensor,
+    entropy: Tensor,
+) -> None:
+    """Turn e^(z - max) of a chunk (C, V) into the gradient of coefficient * nll + entropy_coefficient * entropy.
+
+    With p = softmax(z) and H its entropy, d nll / dz = p - one_hot(target) and dH / dz = -p log p - p H.
+
+    Args:
+        exponentials: Overwritten.
+        spare: A buffer of the same shape.
+        target: Word of each row; (C,) int64.
+        weights: The two coefficients; (C,) each.
+        total: Sum of the exponentials of each row; (C,).
+        entropy: H of each row; (C,).
+    """
+    of_nll, of_entropy = weights
+    torch.special.entr(exponentials.div_(total.unsqueeze(1)), out=spare)
+    exponentials.mul_((of_nll - of_entropy * entropy).unsqueeze(1)).addcmul_(spare, of_entropy.unsqueeze(1))
+    exponentials.scatter_add_(1, target.unsqueeze(1), -of_nll.unsqueeze(1))
+
+
 def run_chunks(
     rows: Tensor,
     weight: Tensor,
@@ -204,6 +243,7 @@ def run_chunks(
     call: Call,
     gradients: Gradients | None = None,
     coefficient: Tensor | None = None,
+    entropy_coefficient: Tensor | None = None,
 ) -> RowStatistics:
     """Pass over all chunks: the statistics of N rows, and their gradients where asked for.
 
@@ -215,6 +255,7 @@ def run_chunks(
         call: What else the pass needs to know.
         gradients: Where to add them up; None where none are wanted.
         coefficient: Weight of each row's nll in the gradients; (N,). None: one for each.
+        entropy_coefficient: Weight of each row's entropy in the gradients; (N,). None: nothing.
     """
     head = _Head(weight, bias, call)
     log_probs = rows.new_empty(len(rows), dtype=head.sum_dtype)
@@ -235,8 +276,14 @@ def run_chunks(
                 entropy[span] = found.entropy
             if gradients is None:
                 continue
-            residual.scatter_add_(1, target.unsqueeze(1), -total.unsqueeze(1))
+            weight_of_row = coefficient[span]
+            if entropy_coefficient is not None and shifted is not None and found.entropy is not None:
+                both = (weight_of_row, entropy_coefficient[span])
+                _entropy_residual(residual, shifted, target, both, total=total, entropy=found.entropy)
+                total = weight_of_row = torch.ones_like(total)
+            else:
+                residual.scatter_add_(1, target.unsqueeze(1), -total.unsqueeze(1))
             if call.softcap is not None:  # the cap's slope is 1 - (z / softcap)^2
                 residual.addcmul_(residual, logits.square_(), value=-1.0 / call.softcap**2)
-            gradients.add(head, _Chunk(span, rows[span], residual, total, coefficient[span]))
+            gradients.add(head, _Chunk(span, rows[span], residual, total, weight_of_row))
     return RowStatistics(log_probs, is_correct, entropy)

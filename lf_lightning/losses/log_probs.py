@@ -31,7 +31,9 @@ class TokenStatistics(NamedTuple):
 
     log_probs: Tensor  # (B, T) float32 (float64 for float64 inputs): of the target, in nats; 0 where nothing counts
     is_correct: Tensor  # (B, T) bool, no gradient: the target is the first of the largest logits; else False
-    entropy: Tensor | None  # (B, T) like log_probs, no gradient: entropy in nats, in [0, log V]; None unless asked for
+    entropy: (
+        Tensor | None
+    )  # (B, T) like log_probs: entropy in nats, in [0, log V]; gradient and all only where asked for
 
 
 def cross_entropy_sums(
@@ -88,6 +90,7 @@ def token_statistics(
     *,
     chunk_size: int | None = None,
     with_entropy: bool = False,
+    entropy_grad: bool = False,
 ) -> TokenStatistics:
     """Log-prob of each target token, whether it is the prediction, and how sure the prediction is.
 
@@ -104,6 +107,8 @@ def token_statistics(
         targets: Token at each position, IGNORE where none counts; (B, T) int64.
         chunk_size: Rows whose logits are held at a time, as in `cross_entropy_sums`.
         with_entropy: Also make the entropy of the predicted distribution.
+        entropy_grad: The entropy has a gradient too; the backward pass then computes each chunk of logits again,
+            whether the output layer is frozen or not.
 
     Returns:
         The three, each (B, T). With nothing counted the log-probs are still connected to the inputs (zero gradients).
@@ -111,7 +116,14 @@ def token_statistics(
     Source: the log-softmax of the output layer at the target; recomputation as in Chen et al. 2016, arXiv:1604.06174.
     """
     index, rows, counted = _counted_rows(hidden, targets)
-    call = Call.of(hidden, output_layer, num_rows=len(index), chunk_size=chunk_size, with_entropy=with_entropy)
+    call = Call.of(
+        hidden,
+        output_layer,
+        num_rows=len(index),
+        chunk_size=chunk_size,
+        with_entropy=with_entropy,
+        entropy_grad=entropy_grad,
+    )
     inputs = (rows, output_layer.weight, output_layer.bias, counted, call)
     found = _RowStatistics.apply(*inputs)  # type: ignore[no-untyped-call]
 
@@ -224,25 +236,37 @@ class _RowStatistics(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         needs = ctx.needs_input_grad[:3]
-        ctx.dtype, ctx.is_frozen = rows.dtype, not (needs[1] or needs[2])
-        ctx.call = call._replace(with_entropy=False)  # the backward pass wants gradients only
+        ctx.dtype, ctx.is_frozen = rows.dtype, not (needs[1] or needs[2] or call.entropy_grad)
+        ctx.call = call._replace(with_entropy=call.entropy_grad)  # the backward pass wants gradients only
         unit = Gradients(needs, rows, weight, bias) if call.with_grad and needs[0] and ctx.is_frozen else None
         log_probs, is_correct, entropy = run_chunks(rows, weight, bias, targets, call=call, gradients=unit)
         if unit is not None:
             ctx.save_for_backward(unit.rows)
         else:
             ctx.save_for_backward(rows, weight, bias, targets)
-        ctx.mark_non_differentiable(is_correct, *(() if entropy is None else (entropy,)))
+        ctx.mark_non_differentiable(is_correct, *(() if entropy is None or call.entropy_grad else (entropy,)))
         return log_probs, is_correct, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_log_probs: Tensor, _: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         coefficient = -ctx.call.scale * grad_log_probs
         if ctx.is_frozen:
             (unit,) = ctx.saved_tensors
             return (unit * coefficient.unsqueeze(1)).to(ctx.dtype), None, None, None, None
         rows, weight, bias, targets = ctx.saved_tensors
         gradients = Gradients(ctx.needs_input_grad[:3], rows, weight, bias)
-        run_chunks(rows, weight, bias, targets, call=ctx.call, gradients=gradients, coefficient=coefficient)
+        of_entropy = ctx.call.scale * grad_entropy if ctx.call.entropy_grad and grad_entropy is not None else None
+        run_chunks(
+            rows,
+            weight,
+            bias,
+            targets,
+            call=ctx.call,
+            gradients=gradients,
+            coefficient=coefficient,
+            entropy_coefficient=of_entropy,
+        )
         return *gradients.give((rows, weight, bias)), None, None

@@ -153,6 +153,8 @@ def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     if isinstance(head, LoraLinear):
         weight, bias = head_weights(head.get_base_layer())
         for name in () if head.merged or head.disable_adapters else head.active_adapters:
+            if name not in head.lora_dropout:  # an adapter that leaves this layer alone
+                continue
             if not isinstance(head.lora_dropout[name], nn.Identity):
                 raise InputError(
                     "model.init_args.tuning.init_args.dropout: must be 0 with an adapter on the output layer, "

@@ -9,8 +9,12 @@ from torch import nn
 LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Switch dropout off in every layer of a model and in its configuration; adapters keep what their tuning says.
+def without_dropout(model: nn.Module, *, adapters: bool = False) -> None:
+    """Switch dropout off in every layer of a model and in its configuration.
+
+    Args:
+        model: The model.
+        adapters: Switch it off in adapters too; otherwise they keep what their tuning says.
 
     Attention reads its probability from a number on the layer, such as `attention_dropout`; some families (falcon) read
     it from the configuration at every call, so what is saved says 0 too.
@@ -18,7 +22,7 @@ def without_dropout(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     for name, module in model.named_modules():
-        if "lora_dropout" in name.split("."):
+        if "lora_dropout" in name.split(".") and not adapters:
             continue
         if isinstance(module, LAYERS):
             module.p = 0.0

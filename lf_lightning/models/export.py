@@ -19,6 +19,9 @@ from lf_lightning.types import InputError
 TRAINABLE = "trainable.safetensors"
 """Holds trained parameters by our names, in trainer_state/, where the folder itself stores them under other names."""
 
+TRAINED = "default"
+"""peft's name of the adapter that trains; a reward's adapter beside it is not written."""
+
 
 def save_weights(backbone: Backbone, folder: Path, *, base: str | None, writes: bool) -> None:
     """Write what was trained: an adapter alone, or the whole model, with its configuration.
@@ -34,9 +37,8 @@ def save_weights(backbone: Backbone, folder: Path, *, base: str | None, writes: 
     if not writes:
         return
     if backbone.is_adapter:
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = base
-        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+        model.peft_config[TRAINED].base_model_name_or_path = base
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False, selected_adapters=[TRAINED])
         (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty model card
     else:
         model.save_pretrained(folder, state_dict=state)
@@ -136,7 +138,7 @@ def _load_adapter(backbone: Backbone, folder: Path) -> None:
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise InputError(f"{path}: does not fit this model's adapter: {reason} Use the run's own tuning.") from error
-    missing = [key for key in result.missing_keys if "lora_" in key]
+    missing = [key for key in result.missing_keys if "lora_" in key and TRAINED in key.split(".")]
     if missing or result.unexpected_keys:
         culprit = (missing or result.unexpected_keys)[0]
         raise InputError(f"{path}: does not fit this model's adapter, first at {culprit}. Use the run's own tuning.")

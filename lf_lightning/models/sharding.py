@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lf_lightning.models.adapters import decoder_blocks
 from lf_lightning.models.backbone import Backbone
+from lf_lightning.types import IGNORE, Document, TokenBatch
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
@@ -33,6 +35,42 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     if backbone.value_head is not None:
         fully_shard(backbone.value_head, mesh=data_parallel)
     fully_shard(backbone, mesh=data_parallel)
+
+
+@contextmanager
+def whole(backbone: Backbone) -> Iterator[None]:
+    """All weights of a sharded backbone whole on every rank for a while, so that its parts run without collectives.
+
+    Every rank must enter and leave. Nothing happens where the backbone is not sharded.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    groups = [module for module in backbone.modules() if isinstance(module, FSDPModule)]
+    if not isinstance(backbone, FSDPModule):
+        yield
+        return
+    backbone.set_reshard_after_forward(False)
+    try:
+        with torch.no_grad():  # the root's own forward makes FSDP ready, and gathers group after group
+            backbone(_filler(backbone), kernel=lambda hidden, output_layer, targets: hidden)
+        for group in groups:
+            group.unshard()
+        yield
+    finally:
+        backbone.set_reshard_after_forward(True)
+        backbone.set_reshard_after_forward(False, recurse=False)  # the root's are needed again at once
+        for group in groups:
+            group.reshard()
+
+
+def _filler(backbone: Backbone) -> TokenBatch:
+    """One row of two tokens."""
+    device = next(backbone.parameters()).device
+    ids, positions = torch.zeros((1, 2), dtype=torch.int64, device=device), torch.arange(2, device=device)[None]
+    free = backbone.is_padding_free
+    return TokenBatch(
+        ids, torch.full_like(ids, IGNORE), positions, (Document(2),) if free else None, num_units=0, num_tokens=0
+    )
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:

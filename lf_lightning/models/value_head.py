@@ -93,9 +93,16 @@ class ValueHead(nn.Module):
 
 
 def add_value_head(
-    backbone: Backbone, spec: ValueHeadSpec, *, tuning: Tuning, path: str | None, seed: int, revision: str | None = None
+    backbone: Backbone,
+    spec: ValueHeadSpec,
+    *,
+    tuning: Tuning,
+    path: str | None,
+    seed: int,
+    revision: str | None = None,
+    keeps_output_layer: bool = False,
 ) -> bool:
-    """Give a backbone a value head that trains, in place of its output layer, which does not.
+    """Give a backbone a value head that trains, in place of its output layer, or beside it.
 
     Args:
         backbone: The model, not yet sharded.
@@ -104,6 +111,8 @@ def add_value_head(
         path: Folder or hub name of the backbone; None where it was built from an architecture.
         seed: Seed of new weights.
         revision: Branch, tag or commit of a hub name.
+        keeps_output_layer: The output layer goes on as the tuning says, as the critic of a policy needs; otherwise
+            nothing uses it, and it does not train.
 
     Returns:
         Whether the head was loaded, from the adapter or from the backbone; else its weights are new.
@@ -114,19 +123,23 @@ def add_value_head(
     """
     causal_lm = backbone.causal_lm
     output_layer = causal_lm.get_output_embeddings()
-    if not isinstance(output_layer, nn.Linear):
+    if keeps_output_layer:
+        hidden_size = backbone.output_layer.weight.shape[1]
+    elif not isinstance(output_layer, nn.Linear):
         raise InputError(
             "model.init_args.tuning.init_args.target: must leave out the output layer, which a reward model does not "
             f"use, got a {type(output_layer).__name__} there. Remove lm_head from target."
         )
-    if output_layer.weight is not causal_lm.get_input_embeddings().weight:
-        output_layer.requires_grad_(False)  # it never gets a gradient, for which DDP would wait
+    else:
+        hidden_size = output_layer.in_features
+        if output_layer.weight is not causal_lm.get_input_embeddings().weight:
+            output_layer.requires_grad_(False)  # it never gets a gradient, for which DDP would wait
     standard = spec.save_as == "sequence_classification"
     if standard:
         check_has_classifier(backbone)
-    head = ValueHead(
-        output_layer.in_features, bias=not standard, dropout=spec.dropout, like=output_layer.weight, seed=seed
-    )
+    like = causal_lm.get_input_embeddings().weight
+    assert isinstance(like, Tensor)
+    head = ValueHead(hidden_size, bias=not standard, dropout=spec.dropout, like=like, seed=seed)
     backbone.value_head = head.train(backbone.training)
     if spec.init == "new":
         return False

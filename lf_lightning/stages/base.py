@@ -12,28 +12,26 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from lf_lightning.callbacks import default_callbacks
-from lf_lightning.callbacks.run_log import log_is_due
 from lf_lightning.lightning_private import global_seed
-from lf_lightning.models import Backbone, LoRA, Tuning
+from lf_lightning.models import Backbone, GenerationSpec, LoRA, Tuning
 from lf_lightning.models.export import load_weights, save_unnamed_weights, save_weights
-from lf_lightning.models.generation import generate_answers
 from lf_lightning.models.sharding import clip_gradients
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate, trained_parameters
+from lf_lightning.stages.answers import answers_of
 from lf_lightning.stages.building import build_backbone
 from lf_lightning.stages.doors import check_data, check_trainer
 from lf_lightning.stages.layout import settle_layout
 from lf_lightning.stages.means import SetMeans
-from lf_lightning.stages.non_finite import NonFinite
+from lf_lightning.stages.non_finite import NonFinite, is_scaled
 from lf_lightning.stages.ranks import Ranks, seed_random_layers
 from lf_lightning.stages.resume import restore, state_of
 from lf_lightning.stages.speed import TokenCount
+from lf_lightning.stages.step_log import log_step
 from lf_lightning.types import (
     Answer,
     BackboneSpec,
-    GenerationSpec,
     InputError,
     Isolation,
     LossSums,
@@ -93,7 +91,7 @@ class Stage(LightningModule, ABC):
         self.tokens, self.guard = TokenCount(), NonFinite(non_finite)
         self._backbone: Backbone | None = None
         self.isolation: Isolation | None = None
-        self._grad_norm = self._loss = 0.0
+        self.grad_norm = self._loss = 0.0
         self._means = SetMeans([])
 
     # ------------------------------------------------------------------ what a stage defines
@@ -121,6 +119,29 @@ class Stage(LightningModule, ABC):
     def prepare_step(self, step: StepBatch) -> StepBatch:
         """Compute constants and statistics of the whole step, before its first backward. A hook: most have none."""
         return step
+
+    is_idle = False
+    """Whether the step about to be made changes nothing. Equal on all ranks; most stages have no such steps."""
+
+    def keeps_step(self, means: dict[str, float]) -> bool:
+        """Decide whether the gradient of a step is used, given its loss, terms and metrics. A hook: most keep all."""
+        return True
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What the means over a validation set are taken of. A hook: most stages measure what they train."""
+        return (*self.coefficients, *self.metrics)
+
+    def set_values(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of a validation set, given the means of what is `measured`. A hook."""
+        return self.reported(self._with_loss(means))
+
+    def own_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the algorithm besides `memory`; tensors and plain Python. A hook."""
+        return {}
+
+    def take_own_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `own_state` gave. A hook."""
 
     def evaluate(self, step: StepBatch) -> None:
         """Take in a micro-batch of a validation set. A hook: most stages add up the sums of each."""
@@ -150,7 +171,7 @@ class Stage(LightningModule, ABC):
         return self._backbone
 
     def setup(self, stage: str) -> None:
-        """Refuse trainers that would train wrong numbers, and tell the data how many prompts go together."""
+        """Refuse what would train wrong numbers, and tell the data how many prompts go together."""
         check_trainer(self.trainer)
         if self.data is not None:
             self.data.predict_batch_size = self.generation.batch_size
@@ -182,7 +203,7 @@ class Stage(LightningModule, ABC):
 
     def on_validation_start(self) -> None:
         """Add sums up exactly; and settle the layout where no fit has."""
-        self._means = SetMeans([*self.coefficients, *self.metrics]).to(self.device)
+        self._means = SetMeans(self.measured).to(self.device)
         self._means.begin(self.ranks.exact)
         if self.trainer.state.fn != "fit":
             self.settle_layout()
@@ -197,7 +218,24 @@ class Stage(LightningModule, ABC):
 
     def training_step(self, step: StepBatch, batch_idx: int) -> None:
         """Make one optimizer step: count, forward and backward each micro-batch, clip, step, schedule."""
-        ranks, optimizer = self.ranks, self._optimizer
+        optimizer = self._optimizer
+        means, num_tokens = self._with_loss(dict.fromkeys((*self.coefficients, *self.metrics), 0.0)), 0
+        if not self.is_idle:
+            means, num_tokens = self._backward(step)
+            parameters = trained_parameters(optimizer.optimizer)
+            self.guard.check_loss(self.trainer.global_step + 1, means, parameters, scaled=is_scaled(self.trainer))
+            if not self.keeps_step(means):
+                optimizer.zero_grad(set_to_none=True)
+        self._loss = means["loss"]
+        optimizer.step()
+        log_step(self, means, num_tokens, learning_rate=float(optimizer.param_groups[0]["lr"]))
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, step: StepBatch) -> tuple[dict[str, float], int]:
+        """Leave the gradient of a step in the parameters; its means over all ranks, and its tokens."""
+        ranks = self.ranks
         own_counts = self.step_counts(step)
         counts = dict(zip(own_counts, ranks.sums(list(own_counts.values())), strict=True))
         step = self.prepare_step(step)
@@ -215,27 +253,17 @@ class Stage(LightningModule, ABC):
                 sums[name] = sums.get(name, 0) + value.detach()
         num_tokens = sum(micro_batch.num_tokens for micro_batch in step.micro_batches)
         *totals, tokens = ranks.sums([*sums.values(), num_tokens])
-        means = self._with_loss({name: total / max(counts[name], 1) for name, total in zip(sums, totals, strict=True)})
-        self._loss = means["loss"]
-        step_number = self.trainer.global_step + 1
-        self.guard.check_loss(step_number, means, trained_parameters(optimizer.optimizer), scaled=self._is_scaled)
-        optimizer.step()
-        self._log_step(means, int(tokens))  # with the learning rate that this step had
-        self._schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        means = {name: total / max(counts[name], 1) for name, total in zip(sums, totals, strict=True)}
+        return self._with_loss(means), int(tokens)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the global norm of the gradient, after 16-mixed has unscaled it."""
         parameters = trained_parameters(optimizer)
-        self._grad_norm = float(clip_gradients(parameters, self.max_grad_norm))
+        self.grad_norm = float(clip_gradients(parameters, self.max_grad_norm))
         step = self.trainer.global_step + 1
         self.guard.check_gradient(
-            step, self._grad_norm, parameters, scaled=self._is_scaled, seen=not math.isfinite(self._loss)
+            step, self.grad_norm, parameters, scaled=is_scaled(self.trainer), seen=not math.isfinite(self._loss)
         )
-
-    @property
-    def _is_scaled(self) -> bool:
-        return self.trainer.precision == "16-mixed"
 
     @property
     def ranks(self) -> Ranks:
@@ -260,15 +288,12 @@ class Stage(LightningModule, ABC):
 
     def _log_set(self, prefix: str) -> None:
         self.finish_evaluation()
-        means = self._with_loss(self._means.compute())
-        values = {f"{prefix}/{name}": self._exact(value) for name, value in self.reported(means).items()}
+        found = self.set_values(self._means.compute())
+        values = {f"{prefix}/{name}": torch.tensor(value, dtype=self.ranks.exact) for name, value in found.items()}
         self.log_dict(values, sync_dist=True)  # the values are equal on all ranks already
 
     def _with_loss(self, means: dict[str, float]) -> dict[str, float]:
         return {"loss": sum(weight * means[name] for name, weight in self.coefficients.items()), **means}
-
-    def _exact(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=self.ranks.exact)
 
     # ------------------------------------------------------------------ prediction
 
@@ -282,12 +307,7 @@ class Stage(LightningModule, ABC):
 
     def answers(self, batch: PromptBatch) -> list[Answer]:
         """Generate an answer to each prompt, as the generation spec says; fillers are left out."""
-        data = self.data
-        assert data is not None, "answers need the DataModule's tokenizer"
-        tokens = generate_answers(self.backbone, batch, self.generation, stop_token_ids=data.stop_token_ids)
-        texts = data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        answers = map(Answer._make, zip(batch.rows, batch.prompts, texts, batch.references, strict=True))
-        return [answer for answer in answers if answer.row >= 0]
+        return answers_of(self, batch, self.generation)
 
     # ------------------------------------------------------------------ state
 
@@ -313,36 +333,15 @@ class Stage(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """What the configuration says of the optimizer beats what a checkpoint remembers."""
-        restate(self._optimizer.optimizer, self._schedule, self._configured)
+        schedule: Any = self.lr_schedulers()
+        restate(self._optimizer.optimizer, schedule, self._configured)
         self.tokens.restart()
-
-    # ------------------------------------------------------------------ logging
-
-    def _log_step(self, means: dict[str, float], num_tokens: int) -> None:
-        """Log the step where it is due: loss of this very step, so that a resumed run logs the same."""
-        self.tokens.add(num_tokens)
-        if not log_is_due(self.trainer):
-            return
-        speed = self.tokens.per_second()
-        values = {f"train/{name}": value for name, value in self.reported(means).items()}
-        values["train/grad_norm"] = self._grad_norm
-        values["train/skipped_steps"] = self.guard.num_skipped_steps
-        values["train/learning_rate"] = float(self._optimizer.param_groups[0]["lr"])
-        self.log_dict({name: self._exact(value) for name, value in values.items()})
-        self.log("tokens/s", self._exact(speed), prog_bar=True)
-        self.log("loss", self._exact(means["loss"]), prog_bar=True, logger=False)
 
     @property
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         return optimizer
-
-    @property
-    def _schedule(self) -> LRScheduler:
-        schedule = self.lr_schedulers()
-        assert isinstance(schedule, LRScheduler)
-        return schedule
 
     @property
     def data(self) -> Any:

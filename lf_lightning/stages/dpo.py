@@ -19,10 +19,10 @@ from lf_lightning.losses.preference import (
     mixed_loss,
     preference_rewards,
 )
-from lf_lightning.models import LoRA, ReferenceSpec, Tuning
+from lf_lightning.models import GenerationSpec, LoRA, ReferenceSpec, Tuning
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec
 from lf_lightning.stages.judgement import ROUNDING, JudgementStage, joined
-from lf_lightning.types import BackboneSpec, GenerationSpec, InputError, LossSums, PreferenceBatch, StepBatch
+from lf_lightning.types import BackboneSpec, InputError, LossSums, PreferenceBatch, StepBatch
 
 LossName = Literal[
     "sigmoid",

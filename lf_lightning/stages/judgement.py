@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lf_lightning.callbacks.run_log import log_is_due
 from lf_lightning.losses.log_probs import front_sums, sequence_lengths, sequence_sums, token_statistics
-from lf_lightning.models import Backbone, Reference, ReferenceSpec, load_reference, without_dropout
-from lf_lightning.models.reference import resolved_kind
-from lf_lightning.models.sharding import shard
+from lf_lightning.models import Backbone, ReferenceSpec, without_dropout
 from lf_lightning.stages.base import Stage
+from lf_lightning.stages.held_reference import HeldReference, quiet
 from lf_lightning.stages.reference_store import fill_stored_reference
 from lf_lightning.types import BackboneSpec, Kernel, LossSums, OutputLayer, StepBatch, TokenBatch
 
@@ -50,11 +47,9 @@ class JudgementStage(Stage):
 
     def __init__(self, backbone: BackboneSpec, *, reference: ReferenceSpec | None, **options: Any) -> None:
         super().__init__(backbone, **options)
-        self.reference_spec = reference
-        self._is_separate = reference is not None and resolved_kind(reference, self.tuning) in ("copy", "model")
+        self.held = HeldReference(reference, self.tuning)
         self.wants_entropy = False
         """Whether the step is logged: entropy costs a pass over the logits."""
-        self._reference: Reference | None = None
 
     # ------------------------------------------------------------------ what a stage defines
 
@@ -94,55 +89,40 @@ class JudgementStage(Stage):
     def extend_backbone(self, backbone: Backbone) -> None:
         """Add a head, and take a reference that lives in the policy, before it gets any trained weights."""
         self.add_head(backbone)
-        if self.reference_spec is None:
-            return
-        without_dropout(backbone)
-        if not self._is_separate:
-            self._reference = self._loaded_reference(backbone)
+        if self.held.spec is not None:
+            without_dropout(backbone)
+            self.held.take_from(self, backbone)
 
     @property
     def companions(self) -> list[Backbone]:
-        """The reference, where it is a model of its own: loaded when it is first asked for."""
-        if not self._is_separate:
-            return []
-        if self._reference is None:
-            self._reference = self._loaded_reference(self.backbone)
-            if isinstance(self.trainer.strategy, ModelParallelStrategy):
-                assert self.device_mesh is not None
-                shard(self._reference.backbone, self.device_mesh)
-        return [self._reference.backbone]
-
-    def _loaded_reference(self, policy: Backbone) -> Reference:
-        assert self.reference_spec is not None
-        vocab_size = len(self.data.tokenizer) if self.data is not None else 0
-        return load_reference(
-            self.reference_spec, policy, self.backbone_spec, self.tuning, vocab_size=vocab_size, seed=self.seed
-        )
+        """The reference, where it is a model of its own."""
+        return self.held.companions(self)
 
     def prepare_run(self) -> None:
         """Bring the reference to the device, or compute all its log-probs now and let it go."""
         if self.data is not None:
             self.data.stored_reference.clear()  # another stage's, whose reference was another
             self.look_at_data()
-        if self.reference_spec is None or self._reference is None:
+        spec, reference = self.held.spec, self.held.model
+        if spec is None or reference is None:
             return
-        self._reference.to(self.device)
-        if self.reference_spec.precompute:
-            with self.quiet(), self.trainer.precision_plugin.forward_context():
-                fill_stored_reference(self, self._reference)
-            if self._is_separate:
-                self._reference = None
+        reference.to(self.device)
+        if spec.precompute:
+            with quiet(self.backbone), self.trainer.precision_plugin.forward_context():
+                fill_stored_reference(self, reference)
+            if self.held.is_separate:
+                self.held.model = None
 
     def with_reference(self, micro_batch: Any) -> Any:
         """The micro-batch with reference log-probs: those that were stored, else computed now."""
-        if self.reference_spec is None or micro_batch.reference is not None:
+        if self.held.spec is None or micro_batch.reference is not None:
             return micro_batch
         return micro_batch._replace(reference=self.reference_sums(micro_batch))
 
     def reference_log_probs(self, tokens: TokenBatch, *, pairs: bool) -> SequenceStatistics:
         """What the reference says of each response, without gradient."""
-        assert self._reference is not None, "the log-probs of this batch were to be stored"
-        statistics: SequenceStatistics = self._reference.forward(tokens, kernel=statistics_kernel(tokens, pairs=pairs))
+        assert self.held.model is not None, "the log-probs of this batch were to be stored"
+        statistics: SequenceStatistics = self.held.model.forward(tokens, kernel=statistics_kernel(tokens, pairs=pairs))
         return statistics
 
     def policy_log_probs(self, tokens: TokenBatch, *, pairs: bool) -> SequenceStatistics:
@@ -151,23 +131,12 @@ class JudgementStage(Stage):
         statistics: SequenceStatistics = self.backbone(tokens, kernel=kernel)
         return statistics
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Evaluation mode without gradients, for constants of a step."""
-        was_training = self.backbone.training
-        self.backbone.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.backbone.train(was_training)
-
     # ------------------------------------------------------------------ the step
 
     def prepare_step(self, step: StepBatch) -> StepBatch:
         """Reference log-probs of every micro-batch, then the statistics of them all."""
         self.wants_entropy = False
-        with self.quiet():
+        with quiet(self.backbone):
             micro_batches = tuple(self.with_constants(micro_batch) for micro_batch in step.micro_batches)
             self.observe_step(micro_batches)
         self.wants_entropy = log_is_due(self.trainer, ahead=1)

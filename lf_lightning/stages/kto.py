@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lf_lightning.console import say
 from lf_lightning.losses.kto import KTO_LOSSES, kl_estimate, weight_ratio, weights_in_range
-from lf_lightning.models import LoRA, ReferenceSpec, Tuning
+from lf_lightning.models import GenerationSpec, LoRA, ReferenceSpec, Tuning
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec
+from lf_lightning.stages.held_reference import quiet
 from lf_lightning.stages.judgement import ROUNDING, JudgementStage
-from lf_lightning.types import BackboneSpec, FeedbackBatch, GenerationSpec, InputError, LossSums, StepBatch
+from lf_lightning.types import BackboneSpec, FeedbackBatch, InputError, LossSums, StepBatch
 
 
 class FeedbackValues(NamedTuple):
@@ -146,7 +147,7 @@ class KTO(JudgementStage):
         assert reference is not None
         ratios = torch.zeros_like(reference[:, 1])
         if self.feedback_loss.uses_kl:
-            with self.quiet():
+            with quiet(self.backbone):
                 policy = self.policy_log_probs(micro_batch.mismatched, pairs=False).log_probs
             ratios = torch.where(micro_batch.has_partner, policy - reference[:, 1].to(policy.dtype), 0.0)
         return micro_batch._replace(kl_log_ratios=ratios)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 from lf_lightning.console import say
@@ -14,6 +15,11 @@ from lf_lightning.types import TrainingStopped
 
 PATIENCE_WITH_THE_SCALER = 20
 """Steps in a row that 16-mixed may skip for a gradient that overflows, before it counts as non-finite."""
+
+
+def is_scaled(trainer: Trainer) -> bool:
+    """Whether a GradScaler is at work."""
+    return trainer.precision == "16-mixed"
 
 
 class NonFinite:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def state_of(stage: Stage) -> dict[str, Any]:
-    """What a resume needs beside weights, optimizer and cursor; plain Python only."""
+    """What a resume needs beside weights, optimizer and cursor; tensors and plain Python."""
     return {
         "name": type(stage).__name__,
         "isolation": stage.isolation and tuple(stage.isolation),
@@ -19,6 +19,7 @@ def state_of(stage: Stage) -> dict[str, Any]:
         "total_tokens": stage.tokens.total,
         "num_skipped_steps": stage.guard.num_skipped_steps,
         "memory": dict(stage.memory),
+        "own": stage.own_state(),
     }
 
 
@@ -32,6 +33,7 @@ def restore(stage: Stage, state: dict[str, Any]) -> None:
     stage.isolation = Isolation(*state["isolation"]) if state["isolation"] else None
     stage.tokens.total, stage.guard.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
     stage.memory = dict(state["memory"])
+    stage.take_own_state(state["own"])
 
 
 def check_same_stage(state: dict[str, Any], *, name: str, num_trained: int) -> None:

@@ -17,9 +17,10 @@ from lf_lightning.__main__ import main
 from lf_lightning.callbacks import RunCheckpoint
 from lf_lightning.data.datamodule import DataModule
 from lf_lightning.models import Freeze, LoRA
+from lf_lightning.models.generation import GenerationSpec
 from lf_lightning.optim import AdamW, ScheduleSpec
 from lf_lightning.stages import PT, SFT
-from lf_lightning.types import BackboneSpec, GenerationSpec
+from lf_lightning.types import BackboneSpec
 from tests.cli.runs import INIT, config, lightning, log_rows, losses, merged, weights, write
 
 

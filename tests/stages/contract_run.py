@@ -25,12 +25,16 @@ from lf_lightning import (
     BackboneSpec,
     DataModule,
     Full,
+    GRPOConstants,
+    PPOConstants,
     PreferenceConstants,
     ReferenceSpec,
+    RewardFunction,
+    SamplingSpec,
     ScheduleSpec,
     ValueHeadSpec,
 )
-from lf_lightning.types import FeedbackBatch, PreferenceBatch, TokenBatch
+from lf_lightning.types import FeedbackBatch, PreferenceBatch, PromptBatch, RolloutBatch, TokenBatch
 
 SEED = 3
 LLAMA = {
@@ -59,12 +63,22 @@ def exact_norm(norm: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
 
 def tokens_of(micro_batch: Any) -> TokenBatch:
     """The tokens of a micro-batch of any kind."""
-    if isinstance(micro_batch, PreferenceBatch):
+    if isinstance(micro_batch, PreferenceBatch | RolloutBatch):
         return micro_batch.tokens
     return micro_batch.responses if isinstance(micro_batch, FeedbackBatch) else micro_batch
 
 
 SPECS = {"reference": ReferenceSpec, "constants": PreferenceConstants, "value_head": ValueHeadSpec}
+SPECS |= {"generation": SamplingSpec}
+CONSTANTS = {"PPO": PPOConstants, "GRPO": GRPOConstants}
+
+
+def options_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The options of the stage of a case."""
+    specs = {**SPECS, "constants": CONSTANTS.get(case["stage"], PreferenceConstants)}
+    given = dict(case.get("init", {}))
+    rewards = {"rewards": [RewardFunction(**each) for each in given.pop("rewards")]} if "rewards" in given else {}
+    return {**{name: specs[name](**value) if name in specs else value for name, value in given.items()}, **rewards}
 
 
 class Recorder(Callback):
@@ -77,10 +91,13 @@ class Recorder(Callback):
         self.micro_batches: list[list[tuple[int, int, tuple[int, ...]]]] = []
         self.evaluated_units: list[int] = []
         self.seeds: list[int] = []
+        self.rollouts: list[list[tuple[tuple[int, ...], bool, tuple[float, ...]]]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep units, tokens and shape of each micro-batch."""
         tokens = [tokens_of(each) for each in batch.micro_batches]
+        if kept := vars(pl_module).get("kept"):
+            self.rollouts[kept.number :] = [[each[1:] for each in kept.responses]]
         self.micro_batches.append([(each.num_units, each.num_tokens, tuple(each.input_ids.shape)) for each in tokens])
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
@@ -103,6 +120,9 @@ class Recorder(Callback):
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         """Keep how many units the batch holds."""
+        if isinstance(batch, PromptBatch):
+            self.evaluated_units.append(sum(row >= 0 for row in batch.rows))
+            return
         (micro_batch,) = batch.micro_batches
         self.evaluated_units.append(micro_batch.num_units)
 
@@ -117,7 +137,7 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         AdamW(**ADAMW),
         ScheduleSpec(kind="constant"),
         max_grad_norm=None,
-        **{name: SPECS[name](**value) if name in SPECS else value for name, value in case.get("init", {}).items()},
+        **options_of(case),
     )
     stage.configure_callbacks = list  # no run folder: only the numbers of the step are looked at
     data = DataModule(spec, case["stage"].lower(), cache_dir=str(folder / "cache"), **case["data"])
@@ -144,6 +164,8 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         "micro_batches": recorder.micro_batches,
         "evaluated_units": recorder.evaluated_units,
         "seeds": recorder.seeds,
+        "rollouts": recorder.rollouts,
+        "samples": [tuple(sample) for sample in vars(stage).get("samples", [])],
         "val": {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
         "logged": recorder.logged,
     }

@@ -208,7 +208,7 @@ def test_a_second_model_is_held_only_where_a_full_policy_needs_one(
     before = num_backbones()
     stage, _ = python_fit(tmp_path, "DPO", Full(), trainer_max_steps=1, **options)
     assert num_backbones() - before == num_models
-    assert (vars(stage)["_reference"] is not None) == (num_models == 2)
+    assert (stage.held.model is not None) == (num_models == 2)
     assert stage.backbone.num_parameters() == (12720, 12720)
     assert sum(parameter.numel() for parameter in stage.parameters()) == 12720  # the reference is no part of it
 

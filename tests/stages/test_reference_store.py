@@ -232,7 +232,7 @@ def test_a_damaged_file_is_refused_in_one_line(kind: str, filled: Path, capsys: 
 def test_training_holds_no_reference(tmp_path: Path):
     precompute = ReferenceSpec(precompute=True)
     stage, _ = python_fit(tmp_path, "DPO", Full(), reference=precompute, trainer_max_steps=1)
-    assert vars(stage)["_reference"] is None
+    assert stage.held.model is None
     model = build_model(tmp_path / "model")
     adapted, _ = python_fit(
         tmp_path, "DPO", LoRA(rank=2), lora=model, reference=precompute, trainer_max_steps=1, trainer_logger=False

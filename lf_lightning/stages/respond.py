@@ -1,0 +1,130 @@
+"""From prompts to scored responses, on every rank at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from lf_lightning.callbacks.predictions import from_all_ranks
+from lf_lightning.models import SamplingSpec
+from lf_lightning.models.rewards import Reward, RewardBatch, combined_scores
+from lf_lightning.types import InputError, PromptBatch, Response, Sample, TrainingStopped
+
+if TYPE_CHECKING:
+    from lf_lightning.stages.rollout import RolloutStage
+
+
+def respond(
+    stage: RolloutStage, batches: Sequence[PromptBatch], spec: SamplingSpec, *, seeds: Sequence[int]
+) -> list[list[Response]]:
+    """Answer and score this rank's prompts.
+
+    Args:
+        stage: Whose policy, engine and rewards are asked; in evaluation mode.
+        batches: Prompts; the same number of batches on every rank.
+        spec: How to choose tokens.
+        seeds: What the draws follow from, beside the row of a prompt.
+
+    Returns:
+        The responses of each batch, in its order; those to fillers have the row -1, and may have no scores.
+
+    Raises:
+        TrainingStopped: Generation or a reward failed, on whichever rank.
+    """
+    found: list[list[Response]] = []
+    trouble = ""
+    try:
+        found = [_scored(stage, batch, responses) for batch, responses in _drawn(stage, batches, spec, seeds)]
+    except (InputError, TrainingStopped) as error:
+        trouble = str(error)
+    told = [line for line in from_all_ranks(trouble) if line]
+    if told:
+        raise TrainingStopped(told[0])
+    return found
+
+
+def _drawn(
+    stage: RolloutStage, batches: Sequence[PromptBatch], spec: SamplingSpec, seeds: Sequence[int]
+) -> list[tuple[PromptBatch, list[Response]]]:
+    """Responses without scores, each batch beside its own; all are drawn before any is scored."""
+    stops, found = list(stage.data.stop_token_ids), []
+    with stage.engine.ready(stage.backbone):
+        for batch in batches:
+            moved = stage.transfer_batch_to_device(batch, stage.device, 0)
+            draws = [_seed(*seeds, max(row, 0)) for row in batch.rows]
+            tokens = stage.engine.generate(stage.backbone, moved, spec, stop_token_ids=stops, seeds=draws)
+            rows = zip(batch.rows, tokens, strict=True)
+            found.append((batch, [Response(row, tuple(ids), ids[-1] in stops) for row, ids in rows]))
+    return found
+
+
+def _seed(*numbers: int) -> int:
+    """One seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _scored(stage: RolloutStage, batch: PromptBatch, responses: Sequence[Response]) -> list[Response]:
+    """The responses with their scores."""
+    tokenizer, sharded = stage.data.tokenizer, isinstance(stage.trainer.strategy, ModelParallelStrategy)
+    # where weights are sharded all ranks must run a reward adapter equally often, on fillers too
+    chosen = [place for place, response in enumerate(responses) if response.row >= 0 or sharded]
+    if not chosen:
+        return list(responses)
+    prompt_ids = [tuple(row[mask].tolist()) for row, mask in zip(batch.input_ids, batch.mask.bool(), strict=True)]
+    known = RewardBatch(
+        prompt_ids=tuple(prompt_ids[place] for place in chosen),
+        response_ids=tuple(responses[place].token_ids for place in chosen),
+        is_stopped=tuple(responses[place].is_stopped for place in chosen),
+        references=tuple(batch.references[place] for place in chosen),
+        tokenizer=tokenizer,
+    )
+    texts = tokenizer.batch_decode([list(ids) for ids in known.response_ids], skip_special_tokens=True)
+    prompts = [batch.prompts[place] for place in chosen]
+    rows = combined_scores(stage.rewards, prompts, texts, known).tolist()
+    scores: dict[int, tuple[float, ...]] = {place: tuple(row) for place, row in zip(chosen, rows, strict=True)}
+    return [response._replace(scores=scores.get(place, ())) for place, response in enumerate(responses)]
+
+
+def samples_of(
+    stage: RolloutStage, batch: PromptBatch, responses: Sequence[Response], kl: Sequence[float | None]
+) -> list[Sample]:
+    """What is written of each response; fillers are left out.
+
+    Args:
+        stage: Whose tokenizer and rewards they are.
+        batch: The prompts.
+        responses: Their responses, in the order of the batch.
+        kl: Of each response.
+    """
+    texts = stage.data.tokenizer.batch_decode([list(each.token_ids) for each in responses], skip_special_tokens=True)
+    weights = stage.weights.tolist()
+    return [
+        Sample(
+            row=response.row,
+            prompt=batch.prompts[place],
+            response=texts[place],
+            reference=batch.references[place],
+            reward=sum(weight * score for weight, score in zip(weights, response.scores, strict=True)),
+            kl=kl[place],
+            length=len(response.token_ids),
+            is_stopped=response.is_stopped,
+        )
+        for place, response in enumerate(responses)
+        if response.row >= 0
+    ]
+
+
+def by_name(rewards: Sequence[Reward], scores: Tensor) -> dict[str, float]:
+    """A number of each reward under `rewards/` and its name; nothing where there is only one reward.
+
+    Args:
+        rewards: K of them.
+        scores: (K,)
+    """
+    names = [reward.name for reward in rewards]
+    known = [f"rewards/{name}-{i}" if names.count(name) > 1 else f"rewards/{name}" for i, name in enumerate(names)]
+    return dict(zip(known, scores.tolist(), strict=True)) if len(known) > 1 else {}
