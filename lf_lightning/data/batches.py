@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from lf_lightning.data.checks import ROLLING
 from lf_lightning.data.collate import prompt_batch, token_batch
 from lf_lightning.data.collate_judgements import feedback_batch, feedback_costs, preference_batch, preference_costs
 from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan
@@ -80,13 +81,17 @@ class Batches:
         return [[units[position] for position in positions] for positions in plan[self.rank]]
 
     def prompts(self, prompts: Sequence[Prompt], *, batch_size: int, pad_id: int) -> list[partial[PromptBatch]]:
-        """This rank's share of the prompts, longest first; the same number of batches on every rank."""
+        """This rank's share of the prompts, longest first; the same number of batches on every rank.
+
+        Answers that train end with the longest sequence; others only where the generation spec says.
+        """
+        max_length = self.max_length if self.task in ROLLING else None
         longest_first = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].ids), row))
         batches: list[partial[PromptBatch]] = []
         for start in range(0, len(prompts), batch_size * self.num_ranks):
             rows = longest_first[start : start + batch_size * self.num_ranks][self.rank :: self.num_ranks]
             chosen = [prompts[row] for row in rows] or [prompts[0]]
-            batches.append(partial(prompt_batch, chosen, rows or [-1], pad_id=pad_id))
+            batches.append(partial(prompt_batch, chosen, rows or [-1], pad_id=pad_id, max_length=max_length))
         return batches
 
 

@@ -12,6 +12,7 @@ LEAST = {
     "max_samples": 1,
     "val_size": 0,
     "global_batch_size": 1,
+    "rollout_size": 1,
     "micro_batch_size": 1,
     "micro_batch_tokens": 1,
     "eval_micro_batch_size": 1,
@@ -32,6 +33,9 @@ EXCLUSIVE = (
 JUDGING: tuple[Task, ...] = ("rm", "dpo", "kto")
 """Tasks that learn from judged answers."""
 
+ROLLING: tuple[Task, ...] = ("ppo", "grpo")
+"""Tasks that learn from the policy's own responses to prompts."""
+
 _RANKED = ("ranking", "ranked answers", "Set ranking: true and columns: {chosen: <column>, rejected: <column>}")
 WANTS: dict[Task, tuple[str | None, str, str]] = {
     "pt": (None, "plain texts", "Choose another dataset"),
@@ -39,11 +43,19 @@ WANTS: dict[Task, tuple[str | None, str, str]] = {
     "rm": _RANKED,
     "dpo": _RANKED,
     "kto": ("feedback", "liked and disliked answers", "Set columns: {kto_tag: <column>}"),
+    "ppo": (None, "prompts", "Choose another dataset"),
+    "grpo": (None, "prompts", "Choose another dataset"),
 }
 """Task -> the judgement that it wants, in words, and how a dataset gets it."""
 
 MEANINGLESS = {"packing": "none", "train_on_prompt": False, "mask_history": False, "history": "per_turn"}
-"""Option -> the only value with judged answers: there only the last answer is learned, and nothing is packed."""
+"""Option -> the only value with judged answers and responses: only these are learned, and nothing is packed."""
+UNUSED = {
+    "num_workers": "prompts are encoded in this process",
+    "eval_micro_batch_size": "validation answers model.init_args.generation.batch_size prompts at once",
+    "eval_micro_batch_tokens": "validation answers model.init_args.generation.batch_size prompts at once",
+}
+"""Option that nothing reads with prompts alone -> why."""
 
 
 def check_options(task: Task, **options: Any) -> None:
@@ -74,13 +86,15 @@ def check_options(task: Task, **options: Any) -> None:
             "Remove it, or set data.packing."
         )
     _check_judging(task, options)
+    _check_rolling(task, options)
 
 
 def _check_judging(task: Task, options: dict[str, Any]) -> None:
-    for name, value in MEANINGLESS.items() if task in JUDGING else ():
+    learned = "the judged answers" if task in JUDGING else "its own responses"
+    for name, value in MEANINGLESS.items() if task in (*JUDGING, *ROLLING) else ():
         if options[name] != value:
             raise InputError(
-                f"data.{name}: must be {str(value).lower()} for {task}, which learns the judged answers alone, "
+                f"data.{name}: must be {str(value).lower()} for {task}, which learns {learned} alone, "
                 f"got {str(options[name]).lower()}. Remove it."
             )
     if options["kl_pairs"] != "step" and task != "kto":
@@ -97,6 +111,21 @@ def _check_judging(task: Task, options: dict[str, Any]) -> None:
         )
 
 
+def _check_rolling(task: Task, options: dict[str, Any]) -> None:
+    rollout_size, batch_size = options["rollout_size"], options["global_batch_size"]
+    if task not in ROLLING:
+        if rollout_size is not None:
+            raise InputError(f"data.rollout_size: is of ppo and grpo only, got {rollout_size} with {task}. Remove it.")
+        return
+    if rollout_size is not None and rollout_size < batch_size:
+        raise InputError(
+            f"data.rollout_size: must be at least data.global_batch_size, {batch_size}, got {rollout_size}. Raise it."
+        )
+    for name, reason in UNUSED.items():
+        if options[name] is not None:
+            raise InputError(f"data.{name}: {reason} with {task}, got {options[name]}. Remove it.")
+
+
 def check_task(source: Source, task: Task) -> None:
     """Refuse a dataset whose rows the task cannot use as they are meant.
 
@@ -104,6 +133,8 @@ def check_task(source: Source, task: Task) -> None:
         InputError: Names the dataset, what it holds, what the task wants and what to set.
     """
     kinds, (kind, wanted, advice) = kinds_of(source), WANTS[task]
+    if task in ROLLING and kinds:  # whatever is judged there, the prompts serve
+        kind = "ranking" if "ranking" in kinds else "feedback"
     if bool(kinds) != bool(kind) or (kind and kind not in kinds):
         raise InputError(
             f"{source.name}: holds {_holds(source)}, {task} wants {wanted}. {advice}, or use {_stage_of(source)}."
@@ -166,6 +197,14 @@ def _check_texts(source: Source) -> None:
         )
 
 
+ORDERING = {
+    "num_units": "data.datasets",
+    "group_size": "model.init_args.constants.group_size",
+    "num_epochs": "model.init_args.constants.num_epochs",
+}
+"""What the order follows from -> the option, where it has another name."""
+
+
 def check_same_order(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to continue in another order of units than the checkpoint's: its cursor would point elsewhere.
 
@@ -173,11 +212,11 @@ def check_same_order(before: dict[str, Any], now: dict[str, Any]) -> None:
         InputError: Names the first difference.
     """
     for name, value in before.items():
-        if now[name] != value:
-            where = "data.datasets" if name == "num_units" else f"data.{name}"
-            what = "give as many units" if name == "num_units" else "be the same"
+        if now.get(name) != value:
+            where = ORDERING.get(name, f"data.{name}")
+            what, got = "give as many units" if name == "num_units" else "be the same", now.get(name)
             raise InputError(
-                f"{where}: must {what} as in the checkpoint, {value}, got {now[name]}. Change it back, or start afresh."
+                f"{where}: must {what} as in the checkpoint, {value}, got {got}. Change it back, or start afresh."
             )
 
 

@@ -112,13 +112,16 @@ def _documents(unit: Unit, tokens: Tokens, *, isolate: bool) -> list[tuple[Array
     return [(np.concatenate([ids for ids, _ in parts]), np.concatenate([labels for _, labels in parts]))]
 
 
-def prompt_batch(prompts: Sequence[Prompt], rows: Sequence[int], *, pad_id: int) -> PromptBatch:
+def prompt_batch(
+    prompts: Sequence[Prompt], rows: Sequence[int], *, pad_id: int, max_length: int | None = None
+) -> PromptBatch:
     """Collate prompts for generation, padded on the left.
 
     Args:
         prompts: At least one prompt.
         rows: Position of each prompt in its set; -1 for a filler.
         pad_id: Token that pads.
+        max_length: Most tokens of prompt and answer together; None where nothing limits them.
     """
     length = max(len(prompt.ids) for prompt in prompts)
     input_ids = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
@@ -133,4 +136,5 @@ def prompt_batch(prompts: Sequence[Prompt], rows: Sequence[int], *, pad_id: int)
         rows=tuple(rows),
         prompts=tuple(prompt.text for prompt in prompts),
         references=tuple(prompt.reference for prompt in prompts),
+        limits=() if max_length is None else tuple(max_length - len(prompt.ids) for prompt in prompts),
     )

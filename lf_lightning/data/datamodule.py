@@ -6,26 +6,28 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.strategies import ParallelStrategy
-from numpy.typing import NDArray
-
 from lf_lightning.console import say
-from lf_lightning.data.batches import Batches, settled_layout, settled_sharing
-from lf_lightning.data.checks import JUDGING, check_options, check_same_order, given_backbone
+from lf_lightning.data.batches import settled_layout, settled_sharing
+from lf_lightning.data.checks import JUDGING, ROLLING, check_options, check_same_order, given_backbone
+from lf_lightning.data.doors import DataDoors
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.layout import micro_batch_rules, plan_lines
 from lf_lightning.data.loader import EvalLoader, StepLoader
-from lf_lightning.data.prompts import Prompt
+from lf_lightning.data.prompt_sets import PromptSets
 from lf_lightning.data.reader import Names, Reader
+from lf_lightning.data.rollouts import RolloutLoader
 from lf_lightning.data.sets import EncodedSets, Split
-from lf_lightning.data.templates import Template, stop_token_ids
 from lf_lightning.lightning_private import global_seed
-from lf_lightning.types import BackboneSpec, InputError, Isolation, Layout, PromptBatch, StepBatch, Task, Unit
+from lf_lightning.types import (
+    BackboneSpec,
+    InputError,
+    Isolation,
+    Layout,
+    Task,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 SETS: dict[Split, str] = {
     "train": "datasets",
@@ -39,7 +41,7 @@ WANTED: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("v
 NOT_OPTIONS = ("self", "__class__", "backbone", "task")
 
 
-class DataModule(LightningDataModule):
+class DataModule(DataDoors):
     """Datasets, template, batches and their order.
 
     Args:
@@ -56,7 +58,10 @@ class DataModule(LightningDataModule):
         max_length: Most tokens of a sequence or of a pack, > 1; longer rows are cut.
         max_samples: Use only the first rows of each dataset; empty means all.
         val_size: Rows of the training data that validate instead: a count (>= 1) or a share (below 1); 0 means none.
-        global_batch_size: Units per optimizer step over all devices: the batch size of the mathematics.
+        global_batch_size: Units per optimizer step over all devices: the batch size of the mathematics. With ppo and
+            grpo the responses of a minibatch.
+        rollout_size: ppo, grpo: responses that are drawn, scored and then learned together; a multiple of grpo's
+            group_size. Empty means global_batch_size.
         micro_batch_size: Units that one device computes at once. Excludes micro_batch_tokens.
         micro_batch_tokens: Tokens that one device computes at once, padding included. Empty, with micro_batch_size
             empty too, means 8192.
@@ -82,13 +87,7 @@ class DataModule(LightningDataModule):
         num_workers: Processes that encode; empty means this one.
     """
 
-    arguments: dict[str, Any]
-    """The options as they were given, without the two that the stage decides."""
-    stored_reference: dict[tuple[Split, int], NDArray[np.float64]]
-    """`reference_key` -> reference log-probs by document, which the batches then carry: (D, 2, 2) of pairs, chosen and
-    rejected x whole and front; (D, 2) of feedback, response and partner's."""
-    _layout: Layout
-    _train_loader: StepLoader | None = None
+    _train_loader: StepLoader | RolloutLoader | None = None
     _cursor: dict[str, Any] | None = None
 
     def __init__(
@@ -106,6 +105,7 @@ class DataModule(LightningDataModule):
         max_samples: int | None = None,
         val_size: float = 0.0,
         global_batch_size: int = 8,
+        rollout_size: int | None = None,
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
         eval_micro_batch_size: int | None = None,
@@ -135,40 +135,10 @@ class DataModule(LightningDataModule):
         self.seed = global_seed() if seed is None else seed
         self.options = EncodeOptions(task, max_length, packing, train_on_prompt, mask_history, history)
         self.reader = Reader(self.backbone, self.options, arguments)
-        self.sets = EncodedSets(self.reader, self.names, val_size=val_size, seed=self.seed)
+        self.sets = (PromptSets if task in ROLLING else EncodedSets)(
+            self.reader, self.names, val_size=val_size, seed=self.seed
+        )
         self._layout, self._share_prompt = "padded" if layout == "auto" else layout, bool(share_prompt)
-
-    # ------------------------------------------------------------------ what stages and callbacks ask
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with the template that the data is rendered with."""
-        return self.reader.tokenizer
-
-    @property
-    def template(self) -> Template:
-        """The chat template."""
-        return self.reader.template
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Tokens that end an answer."""
-        return stop_token_ids(self.template, self.tokenizer)
-
-    @property
-    def layout(self) -> Layout:
-        """How micro-batches lie in memory: as asked for, or as the stage's probe decided."""
-        return self._layout
-
-    @property
-    def share_prompt(self) -> bool:
-        """Whether two responses run over their prompt once: as asked for, or as the stage's probe decided."""
-        return self._share_prompt and self._layout == "padding_free"
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a sequence or of a pack."""
-        return self.options.max_length
 
     def resolve_layout(self, verdict: Isolation) -> Layout:
         """Take the verdict of the stage's probe on the layouts in which the model keeps documents of a row apart.
@@ -207,22 +177,44 @@ class DataModule(LightningDataModule):
         """The sets that are encoded for what the trainer does; the first must exist."""
         return (self.sets.predicted,) if verb == "predict" and self.task == "rm" else WANTED.get(verb, ())
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> StepLoader | RolloutLoader:
         """The optimizer steps of this rank."""
+        loader = self._train_loader = self._rollouts() if self.task in ROLLING else self._steps()
+        cursor, self._cursor = self._cursor, None
+        if cursor is not None:
+            check_same_order(cursor["order"], self._order(loader.num_units))
+            loader.load_state_dict(cursor)
+        return loader
+
+    def _steps(self) -> StepLoader:
         costs = self._batches.costs(self.units("train"), self.sets["train"].store)
         for line in plan_lines(costs, self.global_batch_size, self.rule):
             say(line)
-        self._train_loader = StepLoader(
+        return StepLoader(
             units_of_epoch=partial(self.units, "train"),
             num_units=len(costs),
             global_batch_size=self.global_batch_size,
             arrange=self._arrange,
         )
-        cursor, self._cursor = self._cursor, None
-        if cursor is not None:
-            check_same_order(cursor["order"], self._order(len(costs)))
-            self._train_loader.load_state_dict(cursor)
-        return self._train_loader
+
+    def _rollouts(self) -> RolloutLoader:
+        prompts, plan = self.prompts("train"), self._rollout_plan.check()
+        loader = RolloutLoader(
+            prompts,
+            plan,
+            rule=self.rule,
+            batches=lambda: self._batches,
+            stage=self._rolling_stage,
+            batch_size=self.predict_batch_size,
+            pad_id=int(self.tokenizer.pad_token_id),
+        )
+        say(plan.line(len(prompts), len(loader)))
+        return loader
+
+    @property
+    def rollout_in_progress(self) -> bool:
+        """Whether steps of a begun rollout are left."""
+        return isinstance(self._train_loader, RolloutLoader) and self._train_loader.in_rollout
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor of the training loader: how many units of which epoch are consumed, in which order."""
@@ -240,15 +232,16 @@ class DataModule(LightningDataModule):
     def _order(self, num_units: int) -> dict[str, Any]:
         """What the order of the units follows from."""
         names = ("shuffle", "max_length", "packing", "val_size")
-        return {"seed": self.seed, **{name: self.arguments[name] for name in names}, "num_units": num_units}
+        plan = self._rollout_plan._asdict() if self.task in ROLLING else {}
+        return {"seed": self.seed, **{name: self.arguments[name] for name in names}, **plan, "num_units": num_units}
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
-        """The validation set in micro-batches; nothing where there is none."""
-        return EvalLoader(partial(self._one_by_one, "val")) if "val" in self.sets else []
+        """The validation set in micro-batches, with ppo and grpo its prompts; nothing where there is none."""
+        return self._measured("val") if "val" in self.sets else []
 
     def test_dataloader(self) -> EvalLoader:
-        """The test set in micro-batches."""
-        return EvalLoader(partial(self._one_by_one, "test"))
+        """The test set in micro-batches, with ppo and grpo its prompts."""
+        return self._measured("test")
 
     def predict_dataloader(self) -> EvalLoader:
         """The prompts to answer, in batches of this rank; with rm the pairs to score, in micro-batches."""
@@ -256,75 +249,7 @@ class DataModule(LightningDataModule):
             return EvalLoader(partial(self._one_by_one, self.sets.predicted))
         return self.prompt_loader("predict", batch_size=self.predict_batch_size)
 
-    wants_partners = True  # kto: whether the loss estimates a kl; the stage sets it
-    predict_batch_size = 8  # prompts of a batch; the stage sets it from its generation spec
-
-    # ------------------------------------------------------------------ doors for notebooks and callbacks
-
-    def units(self, split: Split, epoch: int = 0) -> list[Unit]:
-        """The units of an epoch in their order, with kto each beside its partner: a function of (data, seed, epoch)."""
-        chosen, trains = self.sets[split], split == "train"
-        units = chosen.units(
-            packing=self.options.packing,
-            max_length=self.max_length,
-            seed=self.seed,
-            epoch=epoch,
-            shuffle=self.arguments["shuffle"] and trains,
-        )
-        if self.task != "kto" or not self.wants_partners:
-            return units
-        step_size = self.global_batch_size if trains else None
-        return chosen.paired(units, kl_pairs=self.arguments["kl_pairs"], step_size=step_size)
-
-    def reference_key(self, split: Split, epoch: int = 0) -> tuple[Split, int]:
-        """Where `stored_reference` keeps what an epoch needs: the epoch counts only where it changes the partners."""
-        changes = self.task == "kto" and self.wants_partners and self.arguments["kl_pairs"] == "step"
-        changes = changes and split == "train"
-        return split, epoch if changes else 0
-
-    def reference_batches(self, split: Split, epoch: int = 0) -> EvalLoader:
-        """All units of an epoch on this rank, one micro-batch a StepBatch, without stored reference log-probs."""
-        return EvalLoader(partial(self._one_by_one, split, epoch, stored=False))
-
-    def num_desirable(self, split: Split) -> tuple[int, int]:
-        """Rows of a set of kto that were liked, and rows that were not."""
-        return self.sets[split].num_desirable()
-
-    def prompts(self, split: Split) -> list[Prompt]:
-        """The prompts of a set with the answers that the data gives; validation rows of a split training set too.
-
-        Raises:
-            InputError: There is no such set.
-        """
-        return self.sets.prompts(split)
-
-    def prompt_loader(self, split: Split, *, batch_size: int) -> EvalLoader:
-        """The prompts of a set in batches of this rank; the same number of batches on every rank."""
-        return EvalLoader(partial(self._prompt_batches, split, batch_size))
-
-    @property
-    def _batches(self) -> Batches:
-        """How units become batches now: the strategy knows this process, also where ranks share a model."""
-        strategy = self.trainer.strategy if self.trainer is not None else None
-        place = strategy.distributed_sampler_kwargs if isinstance(strategy, ParallelStrategy) else {}
-        rank, num_ranks = int(place.get("rank", 0)), int(place.get("num_replicas", 1))
-        return Batches(
-            self.task, self.layout, self.share_prompt, self.isolate_documents, self.max_length, rank, num_ranks
-        )
-
-    def _arrange(self, units: Sequence[Unit], epoch: int) -> StepBatch:
-        reference = self.stored_reference.get(self.reference_key("train", epoch))
-        return self._batches.step(units, self.sets["train"].store, self.rule, reference)
-
-    def _one_by_one(self, split: Split, epoch: int = 0, *, stored: bool = True) -> list[partial[StepBatch]]:
-        shares = self._batches.shares(self.units(split, epoch), self.sets[split].store, self.eval_rule)
-        return [partial(self._single, split, epoch, share, stored=stored) for share in shares]
-
-    def _single(self, split: Split, epoch: int, units: Sequence[Unit], *, stored: bool) -> StepBatch:
-        """Collated as things stand when it is asked for: Lightning asks for lengths before the layout is settled."""
-        reference = self.stored_reference.get(self.reference_key(split, epoch)) if stored else None
-        return StepBatch((self._batches.micro_batch(units, self.sets[split].store, reference),))
-
-    def _prompt_batches(self, split: Split, batch_size: int) -> list[partial[PromptBatch]]:
-        chosen, pad_id = self.prompts(split), int(self.tokenizer.pad_token_id)
-        return self._batches.prompts(chosen, batch_size=batch_size, pad_id=pad_id)
+    def _measured(self, split: Split) -> EvalLoader:
+        if self.task in ROLLING:
+            return self.prompt_loader(split, batch_size=self.predict_batch_size)
+        return EvalLoader(partial(self._one_by_one, split))

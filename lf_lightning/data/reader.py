@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lf_lightning.data.checks import ROLLING
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.prompts import Prompt, prompt_rows
 from lf_lightning.data.sources import resolve_sources
@@ -74,6 +75,7 @@ class Reader:
             task=self._options.task,
             max_samples=self._given["max_samples"],
             invalid_rows=self._given["invalid_rows"],
+            max_length=self._options.max_length if self._options.task in ROLLING else None,
         )
 
     def _sources(self, names: Names) -> list[Source]:

@@ -76,6 +76,7 @@ class EncodedSets:
     def __init__(self, reader: Reader, names: dict[Split, Names], *, val_size: float, seed: int) -> None:
         self._reader, self._names, self._val_size, self._seed = reader, names, val_size, seed
         self._open: dict[Split, EncodedSet] = {}
+        self._read: dict[Split, list[Prompt]] = {}
 
     def __contains__(self, split: Split) -> bool:
         """Whether there is such a set."""

@@ -27,8 +27,8 @@ class RewardFunction(Reward):
     """A rule in Python: called as function(prompts, responses, batch, **arguments), it gives B numbers.
 
     Args:
-        function: The function, or where it lies: `package.module:name`, `package.module.name` or `folder/file.py:name`. A
-            class is built once as name(**arguments); its `score(prompts, responses, batch)` or `__call__` is used.
+        function: The function, or where it lies: `package.module:name`, `package.module.name` or `folder/file.py:name`.
+            A class is built once as name(**arguments); its `score(prompts, responses, batch)` or `__call__` is used.
         arguments: Further arguments by name.
         weight: Its part in the sum of all rewards.
     """

@@ -14,8 +14,8 @@ from lf_lightning.types import TrainingStopped
 class RowSampler:
     """A logits processor after which the argmax is a draw from softmax(logits / temperature), cut by top-k and top-p.
 
-    The Gumbel-max trick: with independent e_v ~ Exp(1), argmax over v of log p_v - log e_v is distributed as p. Each row
-    draws its e from a generator of its own.
+    The Gumbel-max trick: with independent e_v ~ Exp(1), argmax over v of log p_v - log e_v is distributed as p. Each
+    row draws its e from a generator of its own.
 
     Args:
         temperature: Divides the logits, > 0.
