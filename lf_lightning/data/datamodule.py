@@ -129,16 +129,18 @@ class DataModule(DataDoors):
         check_options(task, **arguments)
         self.arguments, self.stored_reference = arguments, {}
         self.backbone, self.task, self.global_batch_size = given_backbone(backbone), task, global_batch_size
-        self.names: dict[Split, Names] = {split: arguments[option] for split, option in SETS.items()}
         self.rule, self.eval_rule = micro_batch_rules(arguments)
-        self.isolate_documents = packing == "knapsack" if isolate_documents is None else isolate_documents
         self.seed = global_seed() if seed is None else seed
         self.options = EncodeOptions(task, max_length, packing, train_on_prompt, mask_history, history)
         self.reader = Reader(self.backbone, self.options, arguments)
-        self.sets = (PromptSets if task in ROLLING else EncodedSets)(
-            self.reader, self.names, val_size=val_size, seed=self.seed
-        )
+        kind = PromptSets if task in ROLLING else EncodedSets
+        self.sets = kind(self.reader, self.names, val_size=val_size, seed=self.seed)
         self._layout, self._share_prompt = "padded" if layout == "auto" else layout, bool(share_prompt)
+
+    @property
+    def names(self) -> dict[Split, Names]:
+        """The datasets of each set."""
+        return {split: self.arguments[option] for split, option in SETS.items()}
 
     def resolve_layout(self, verdict: Isolation) -> Layout:
         """Take the verdict of the stage's probe on the layouts in which the model keeps documents of a row apart.

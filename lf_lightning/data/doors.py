@@ -39,7 +39,6 @@ class DataDoors(LightningDataModule):
     global_batch_size: int
     rule: MicroBatchRule
     eval_rule: MicroBatchRule
-    isolate_documents: bool
     seed: int
     options: EncodeOptions
     reader: Reader
@@ -77,6 +76,12 @@ class DataDoors(LightningDataModule):
     def share_prompt(self) -> bool:
         """Whether two responses run over their prompt once: as asked for, or as the stage's probe decided."""
         return self._share_prompt and self._layout == "padding_free"
+
+    @property
+    def isolate_documents(self) -> bool:
+        """Whether documents of a pack are hidden from each other."""
+        asked: bool | None = self.arguments["isolate_documents"]
+        return self.options.packing == "knapsack" if asked is None else asked
 
     @property
     def max_length(self) -> int:

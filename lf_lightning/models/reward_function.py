@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lf_lightning.models.rewards import WHERE, Reward, RewardBatch, check_weight
+from lf_lightning.models.rewards import WHERE, Reward, RewardBatch, TheirCode, check_weight
 from lf_lightning.types import InputError
 
 _FUNCTION = f"{WHERE}: RewardFunction.function"
@@ -50,7 +51,8 @@ class RewardFunction(Reward):
             raise InputError(f"{_FUNCTION}: must be a function or a class, got {self.function!r}. Name one.")
         if isinstance(found, type):
             _check_call(found, self.arguments)
-            built: Any = found(**self.arguments)
+            with TheirCode(_FUNCTION, advice="Correct it.", becomes=InputError):
+                built: Any = found(**self.arguments)
             called: Any = getattr(built, "score", built)  # a class may be like a Reward, or like a function
             if not callable(called):
                 raise InputError(f"{_FUNCTION}: a class must have score or __call__, got {self._text}. Add one.")
@@ -101,11 +103,8 @@ def _imported(text: str) -> Any:
     place, _, name = text.rpartition(":") if ":" in text else text.rpartition(".")
     if not place or not name:
         raise InputError(f"{_FUNCTION}: must be package.module:name or path/to/file.py:name, got {text!r}. Correct it.")
-    try:
+    with TheirCode(f"{_FUNCTION}: {place}", advice="Correct it.", becomes=InputError):
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except (ImportError, OSError, SyntaxError, ValueError, TypeError, NameError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{_FUNCTION}: {place} must be importable, got {reason}. Correct it.") from error
     found: Any = module
     for part in name.split("."):
         if part not in vars(found):
@@ -129,9 +128,8 @@ def _module_of_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[known] = module  # dataclasses look their module up there
-    try:
+    with ExitStack() as undo:
+        undo.callback(sys.modules.pop, known)
         spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[known]
-        raise
+        undo.pop_all()
     return module

@@ -119,7 +119,7 @@ def combined_scores(
 
 def _checked(reward: Reward, prompts: Sequence[str], responses: Sequence[str], batch: RewardBatch) -> Tensor:
     where, num_responses = f"{WHERE}: {reward.name}", len(responses)
-    with _TheirCode(where):
+    with TheirCode(where, advice="Correct it, and continue with --ckpt_path last.", becomes=TrainingStopped):
         scores = torch.as_tensor(reward.score(prompts, responses, batch)).detach().cpu()
     if scores.shape != (num_responses,):
         raise TrainingStopped(
@@ -136,15 +136,17 @@ def _checked(reward: Reward, prompts: Sequence[str], responses: Sequence[str], b
     return scores
 
 
-class _TheirCode:
-    """Around code that is not ours: whatever it raises becomes one line, on the rank where it happened.
+class TheirCode:
+    """Around code that is not ours: whatever it raises becomes one line.
 
     Args:
         where: What runs.
+        advice: What to do.
+        becomes: The error that says it.
     """
 
-    def __init__(self, where: str) -> None:
-        self._where = where
+    def __init__(self, where: str, *, advice: str, becomes: type[InputError] | type[TrainingStopped]) -> None:
+        self._where, self._advice, self._becomes = where, advice, becomes
 
     def __enter__(self) -> None:
         """Begin."""
@@ -155,7 +157,5 @@ class _TheirCode:
             return
         last = traceback.extract_tb(error.__traceback__)[-1]
         said = " ".join(str(error).split())[:200]
-        raise TrainingStopped(
-            f"{self._where}: raised {type(error).__name__}: {said} ({last.filename}:{last.lineno}). Correct it, and "
-            "continue with --ckpt_path last."
-        ) from error
+        raised = f"{type(error).__name__}: {said} ({last.filename}:{last.lineno})"
+        raise self._becomes(f"{self._where}: must not fail, got {raised}. {self._advice}") from error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
@@ -128,3 +129,21 @@ def by_name(rewards: Sequence[Reward], scores: Tensor) -> dict[str, float]:
     names = [reward.name for reward in rewards]
     known = [f"rewards/{name}-{i}" if names.count(name) > 1 else f"rewards/{name}" for i, name in enumerate(names)]
     return dict(zip(known, scores.tolist(), strict=True)) if len(known) > 1 else {}
+
+
+def sums_of(samples: Sequence[Sample], rewards: Sequence[Reward], responses: Sequence[Response]) -> dict[str, float]:
+    """What is measured of samples, summed over them.
+
+    Args:
+        samples: S of them.
+        rewards: What scored them.
+        responses: The responses that they were made of.
+    """
+    scores = torch.tensor([response.scores for response in responses], dtype=torch.float64)
+    return {
+        "reward": sum(sample.reward for sample in samples),
+        **(by_name(rewards, scores.sum(0)) if samples else {}),
+        "kl": sum(sample.kl or 0.0 for sample in samples),
+        "response_length": float(sum(sample.length for sample in samples)),
+        "stop_ratio": float(sum(sample.is_stopped for sample in samples)),
+    }

@@ -20,7 +20,7 @@ from lf_lightning.stages.answers import answers_of
 from lf_lightning.stages.base import Stage
 from lf_lightning.stages.experience import Experience, Rollout, TokenValues, statistics_of, values_kernel
 from lf_lightning.stages.held_reference import HeldReference, quiet
-from lf_lightning.stages.respond import by_name, respond, samples_of
+from lf_lightning.stages.respond import by_name, respond, samples_of, sums_of
 from lf_lightning.stages.rollout_doors import check_rollouts, sampling_line
 from lf_lightning.types import (
     Answer,
@@ -303,15 +303,8 @@ class RolloutStage(Stage):
         kl = self._kl_of(micro_batch, num_responses=len(responses))
         samples = samples_of(self, batch, responses, kl)
         self._found += samples
-        scores = torch.tensor([response.scores for response in responses if response.row >= 0], dtype=torch.float64)
-        sums = {
-            "reward": sum(sample.reward for sample in samples),
-            **(by_name(self.rewards, scores.sum(0)) if samples else {}),
-            "kl": sum(sample.kl or 0.0 for sample in samples),
-            "response_length": sum(sample.length for sample in samples),
-            "stop_ratio": sum(sample.is_stopped for sample in samples),
-        }
-        kept = {name: torch.tensor(float(sums.get(name, 0.0)), dtype=self.ranks.exact) for name in self.measured}
+        sums = sums_of(samples, self.rewards, [each for each in responses if each.row >= 0])
+        kept = {name: torch.tensor(sums.get(name, 0.0), dtype=self.ranks.exact) for name in self.measured}
         self._means.update(LossSums({}, kept), dict.fromkeys(self.measured, len(samples)))
 
     def _kl_of(self, micro_batch: RolloutBatch, *, num_responses: int) -> list[float | None]:
