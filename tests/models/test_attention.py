@@ -369,7 +369,8 @@ def test_generation_equals_that_of_a_model_whose_layout_was_never_switched(famil
     want, got = (
         TransformersEngine().generate(each, batch, spec, stop_token_ids=[60]) for each in (untouched, switched)
     )
-    assert [len(answer) for answer in want] == [9, 9]
+    assert len(want) == 2
+    assert all(len(answer) > 5 for answer in want)
     assert got == want
     assert switched.is_padding_free
     assert not untouched.is_padding_free
