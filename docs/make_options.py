@@ -18,8 +18,18 @@ from lf_lightning import callbacks
 from lf_lightning.callbacks import RunCheckpoint
 from lf_lightning.cli import CKPT_PATH_HELP, OVERWRITE_HELP, TRAINER_DEFAULTS
 from lf_lightning.data.datamodule import DataModule
+from lf_lightning.losses.grpo import GRPOConstants
+from lf_lightning.losses.ppo import PPOConstants
 from lf_lightning.losses.preference import PreferenceConstants
-from lf_lightning.models import GenerationSpec, ReferenceSpec, Tuning, ValueHeadSpec
+from lf_lightning.models import (
+    GenerationEngine,
+    GenerationSpec,
+    ReferenceSpec,
+    Reward,
+    SamplingSpec,
+    Tuning,
+    ValueHeadSpec,
+)
 from lf_lightning.optim import OptimizerSpec, ScheduleSpec
 from lf_lightning.stages import Stage
 from lf_lightning.types import BackboneSpec
@@ -73,8 +83,12 @@ def page() -> str:
         sections += [class_section(f"{place}: {kind.__name__}", kind) for kind in leaves(base)]
     sections.append(class_section("model.init_args.schedule", ScheduleSpec))
     sections.append(class_section("model.init_args.generation", GenerationSpec))
+    sections.append(class_section("model.init_args.generation of PPO and GRPO", SamplingSpec))
+    sections += [class_section(f"model.init_args.engine: {kind.__name__}", kind) for kind in leaves(GenerationEngine)]
     sections.append(class_section("model.init_args.reference", ReferenceSpec))
-    sections.append(class_section("model.init_args.constants", PreferenceConstants))
+    for stage, kind in (("DPO", PreferenceConstants), ("PPO", PPOConstants), ("GRPO", GRPOConstants)):
+        sections.append(class_section(f"model.init_args.constants of {stage}", kind))
+    sections += [class_section(f"model.init_args.rewards: {kind.__name__}", kind) for kind in leaves(Reward)]
     sections.append(class_section("model.init_args.value_head", ValueHeadSpec))
     sections.append(class_section("data", DataModule, leave_out=("backbone", "task")))
     sections += [class_section(f"trainer.callbacks: {kind.__name__}", kind) for kind in our_callbacks()]
@@ -149,6 +163,8 @@ def readable(annotation: str) -> str:
     words = {
         r"list\[str\]": "list of texts",
         r"tuple\[float, float\]": "two numbers",
+        r"Sequence\[Reward\]": "list of rewards",
+        r"Callable\[\.\.\., Any\]": "function",
         r"dict\[str, Any\]": "mapping",
         r"\bstr\b": "text",
         r"\bint\b": "whole number",
@@ -165,8 +181,8 @@ def default_of(parameter: inspect.Parameter) -> str:
     """The default, as YAML would write it; the class where it is a spec."""
     if parameter.default is parameter.empty:
         return "required"
-    value = shown(parameter.default)
-    return f"`{value}`"
+    value = "{}" if type(parameter.default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS" else shown(parameter.default)
+    return f"`{value}`"  # the only default that a factory makes is an empty mapping
 
 
 def shown(value: Any) -> str:

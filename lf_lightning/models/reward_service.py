@@ -34,8 +34,7 @@ class RewardService(Reward):
         timeout: Seconds to wait for a connection, and for each answer, > 0.
         retries: How often a request is tried again, >= 0. With `backoff`, how long the service may be gone: 31 seconds
             with both defaults.
-        backoff: Half of the pause before the second retry, in seconds, >= 0; each further pause is twice the one
-            before, up to 120 seconds.
+        backoff: Seconds before the second retry, >= 0; each further pause is twice the one before, up to 120 seconds.
         batch_size: Texts of a request, > 0.
         token_env: Environment variable with a bearer token; empty sends none. The token is in no file and no message.
         weight: Its part in the sum of all rewards.
@@ -44,7 +43,7 @@ class RewardService(Reward):
     url: str
     timeout: float = 30.0
     retries: int = 6
-    backoff: float = 0.5
+    backoff: float = 1.0
     batch_size: int = 32
     token_env: str | None = None
     weight: float = 1.0
@@ -90,7 +89,7 @@ class RewardService(Reward):
             total=self.retries,
             status_forcelist=TRIED_AGAIN,
             allowed_methods=None,  # scoring changes nothing there, so that a POST may be sent twice
-            backoff_factor=self.backoff,
+            backoff_factor=self.backoff / 2,  # urllib3's pauses are factor * 2, 4, 8 ...
             backoff_max=120,
             retry_after_max=120,
             raise_on_status=False,

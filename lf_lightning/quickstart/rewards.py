@@ -34,6 +34,18 @@ def holds(prompts: Sequence[str], responses: Sequence[str], batch: RewardBatch, 
     return [float(text in response) for response in responses]
 
 
+def holds_reference(prompts: Sequence[str], responses: Sequence[str], batch: RewardBatch) -> list[float]:
+    """Whether each response holds the answer that the data gives: 1 or 0; B of them. Without an answer it is 0.
+
+    Args:
+        prompts: Not needed.
+        responses: What was answered; B of them.
+        batch: References.
+    """
+    pairs = zip(batch.references, responses, strict=True)
+    return [float(bool(reference) and reference in response) for reference, response in pairs]
+
+
 def share(text: str, rule: Callable[[str], bool]) -> float:
     """Share of the ASCII characters of a text that keep a rule, in [0, 1]; others never do, and 0 where it is empty."""
     return sum(letter.isascii() and rule(letter) for letter in text) / max(len(text), 1)

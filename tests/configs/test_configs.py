@@ -43,6 +43,9 @@ REAL: dict[str, tuple[dict[str, Any], int, int]] = {  # config, parameters of th
     "rm/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
     "dpo/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
     "kto/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
+    "ppo/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
+    "ppo/qwen3-0.6b_http": (QWEN3, 596_049_920, 10_092_544),
+    "grpo/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
     "sft/llama3-8b_full_fsdp2": (LLAMA3, 8_030_261_248, 8_030_261_248),
 }
 
@@ -53,6 +56,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def leaves(tree: Any, place: str = "") -> dict[str, Any]:
     """Dotted name -> value; class paths aside, which are given short and printed in full."""
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {place: tree}
     found: dict[str, Any] = {}
