@@ -10,8 +10,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.callbacks.run_log import read_log
 
-CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies", "rewards/chosen", "reward", "eval_reward")
-
+CURVES = (
+    "loss",
+    "eval_loss",
+    "eval_accuracy",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "reward",
+    "eval_reward",
+    "objective/kl",
+    "eval_kl",
+)
 """Fields of trainer_log.jsonl that are drawn, as LlamaFactory's users know them."""
 
 
