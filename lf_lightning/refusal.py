@@ -54,6 +54,9 @@ OWNERS: dict[str, tuple[type, ...]] = {
 CHOICES = ("model", "tuning", "optimizer", "callbacks", "rewards", "engine")
 """Groups that hold a class_path, with the options below init_args."""
 
+GROUPED = ("constants", "generation", "reference", "schedule", "value_head", "backbone")
+"""Groups of a stage whose options are often looked for in the stage itself."""
+
 TOP = ("seed_everything", "trainer", "checkpoint", "model", "data", "ckpt_path", "overwrite", "config", "print_config")
 
 TYPES = {
@@ -141,6 +144,10 @@ def _unknown(path: str, option: str) -> str:
     if leaf in names:
         owners = [kind.__name__ for kind in OWNERS[above[-1]] if leaf in inspect.signature(kind).parameters]
         return f"{where}: the class chosen has no such option. Remove it, or choose {' or '.join(owners)}."
+    groups = [group for group in GROUPED if above[-1:] == ["model"] and leaf in _options(group)]
+    if groups:
+        right = f"{where.rsplit('.', 1)[0]}.{groups[0]}.{leaf}"
+        return f"{where}: there is no such option. It is one of {groups[0]}: set {right}."
     return f"{where}: there is no such option. {_hint(leaf, names)}"
 
 

@@ -107,11 +107,11 @@ def _imported(text: str) -> Any:
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     found: Any = module
     for part in name.split("."):
-        if part not in vars(found):
-            near = get_close_matches(part, [each for each in vars(found) if not each.startswith("_")], n=1)
+        if part not in dir(found):
+            near = get_close_matches(part, [each for each in dir(found) if not each.startswith("_")], n=1)
             hint = f"Did you mean {near[0]}?" if near else "Correct the name."
             raise InputError(f"{_FUNCTION}: {place} must define {name}, got none. {hint}")
-        found = vars(found)[part]
+        found = getattr(found, part)  # the path is the user's
     return found
 
 

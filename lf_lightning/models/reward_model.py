@@ -22,7 +22,7 @@ from lf_lightning.models.value_head_files import find_value_head
 from lf_lightning.types import IGNORE, BackboneSpec, InputError, OutputLayer, TokenBatch, TrainingStopped, torch_dtype
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _MODEL = f"{WHERE}: RewardModel"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -140,8 +140,11 @@ class RewardModel(Reward):
             raise InputError(message.replace("model.init_args.backbone", _MODEL)) from error
         head = loaded_head(backbone, folder)
         backbone.to(device), head.to(device)
-        most = backbone.causal_lm.config.get_text_config().to_dict().get("max_position_embeddings")
-        return Scorer(lambda ids, mask: head_scores(backbone, head, ids, mask), backbone.vocabulary, most)
+        return Scorer(
+            lambda ids, mask: head_scores(backbone, head, ids, mask),
+            backbone.vocabulary,
+            _positions(backbone.causal_lm.config),
+        )
 
 
 def loaded_head(backbone: Backbone, folder: Path) -> ValueHead:
@@ -241,8 +244,13 @@ def _classifier(path: str, dtype: Dtype, device: torch.device) -> Scorer:
         values: Tensor = head(hidden[torch.arange(len(ids), device=ids.device), last_counted(mask)])
         return values.squeeze(-1)
 
-    most = model.config.get_text_config().to_dict().get("max_position_embeddings")
-    return Scorer(score, embedding_rows(model), most)
+    return Scorer(score, embedding_rows(model), _positions(model.config))
+
+
+def _positions(config: PretrainedConfig) -> int | None:
+    """Most tokens that a model reads, by whichever name its family has for it; None where it names none."""
+    most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)  # not every family has it
+    return most
 
 
 # ---------------------------------------------------------------------- tokenizers
@@ -268,6 +276,8 @@ def _own_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
     folder = Path(path).expanduser()
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise InputError(f"{_MODEL}.path: must be a folder or a hub name, got {path}, which is neither. Correct it.")
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:

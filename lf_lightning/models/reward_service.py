@@ -56,9 +56,8 @@ class RewardService(Reward):
             InputError: As said.
         """
         check_weight(self)
-        address = urlsplit(self.url)
         for name, holds, want in (
-            ("url", address.scheme in ("http", "https") and address.hostname, "an address with http:// or https://"),
+            ("url", _is_address(self.url), "an address with http:// or https://"),
             ("timeout", 0 < self.timeout < math.inf, "positive"),
             ("retries", self.retries >= 0, "0 or more"),
             ("backoff", 0 <= self.backoff < math.inf, "0 or more"),
@@ -79,12 +78,16 @@ class RewardService(Reward):
 
         session = requests.Session()
         if self.token_env:
-            token = os.environ.get(self.token_env, "")  # a secret belongs into no configuration
-            if not token.strip():
+            token = os.environ.get(self.token_env, "").strip()  # a secret belongs into no configuration
+            if not token:
                 raise InputError(
                     f"{_SERVICE}.token_env: must name a variable that is set, got {self.token_env}. Set it."
                 )
-            session.auth = partial(_with_token, token.strip())  # as a header alone, a .netrc would replace it
+            if not token.isascii() or not token.isprintable() or " " in token:
+                raise InputError(
+                    f"{_SERVICE}.token_env: {self.token_env} must hold one word, got something else. Mend it."
+                )
+            session.auth = partial(_with_token, token)  # as a header alone, a .netrc would replace it
         again = Retry(
             total=self.retries,
             status_forcelist=TRIED_AGAIN,
@@ -113,8 +116,7 @@ class RewardService(Reward):
         try:
             answer = self._session.post(self.url, json=message, timeout=self.timeout, allow_redirects=False)
         except requests.RequestException as error:
-            reason = " ".join(str(error).split())[:200]
-            raise self._stop("answer", f"{type(error).__name__} after {self.retries} retries: {reason}") from error
+            raise self._stop("answer", f"{_kind(error)} after {self.retries} retries") from error
         if answer.status_code != 200:
             raise self._stop("answer with status 200", f"{answer.status_code} and {_shortened(answer.text)}")
         try:
@@ -140,9 +142,25 @@ class RewardService(Reward):
         )
 
 
+def _is_address(url: str) -> bool:
+    try:
+        address = urlsplit(url)
+        _ = address.port  # raises where it is no port
+    except ValueError:
+        return False
+    return address.scheme in ("http", "https") and bool(address.hostname)
+
+
 def _with_token(token: str, request: requests.PreparedRequest) -> requests.PreparedRequest:
     request.headers["Authorization"] = f"Bearer {token}"
     return request
+
+
+def _kind(error: requests.RequestException) -> str:
+    """What went wrong, without the library's text, which may hold secrets of the address."""
+    found = error.args[0] if error.args else error
+    reason = getattr(found, "reason", found)  # urllib3's last error, where it has tried often enough
+    return type(reason).__name__ if isinstance(reason, Exception) else type(error).__name__
 
 
 def _shortened(text: str) -> str:

@@ -120,13 +120,13 @@ def combined_scores(
 def _checked(reward: Reward, prompts: Sequence[str], responses: Sequence[str], batch: RewardBatch) -> Tensor:
     where, num_responses = f"{WHERE}: {reward.name}", len(responses)
     with TheirCode(where, advice="Correct it, and continue with --ckpt_path last.", becomes=TrainingStopped):
-        scores = torch.as_tensor(reward.score(prompts, responses, batch)).detach().cpu()
+        found = reward.score(prompts, responses, batch)
+        scores = torch.as_tensor(found, dtype=torch.float64, device="cpu").detach()
     if scores.shape != (num_responses,):
         raise TrainingStopped(
             f"{where}: must give one score to each response, ({num_responses},), got {tuple(scores.shape)}. Correct "
             "it, and continue with --ckpt_path last."
         )
-    scores = scores.double()
     if not scores.isfinite().all():
         bad = int((~scores.isfinite()).nonzero()[0])
         raise TrainingStopped(

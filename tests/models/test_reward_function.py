@@ -235,12 +235,10 @@ def test_a_file_that_fails_is_refused_with_its_line_and_read_again_once_mended(
     assert scored(RewardFunction(f"{rules}:length")) == [[1.0], [4.0], [11.0]]
 
 
-@pytest.mark.xfail(strict=True, reason="a TypeError of vars(), rewards_bugs.md 1")
 def test_a_name_below_something_without_names_is_refused(rules: Path) -> None:
-    assert "house_rules must define PASSES.real, got none" in refusal("house_rules:PASSES.real")
+    assert "house_rules must define PASSES.first, got none" in refusal("house_rules:PASSES.first")
 
 
-@pytest.mark.xfail(strict=True, reason="only names of the class itself are seen, rewards_bugs.md 2")
 def test_a_method_that_a_class_inherits_is_found(rules: Path) -> None:
     rules.write_text(RULES + "class Inner(Outer):\n    pass\n")
     assert scored(RewardFunction(f"{rules}:Inner.first")) == [[1.0], [0.0], [0.0]]

@@ -162,7 +162,6 @@ def test_a_score_is_that_of_evaluation(tmp_path: Path) -> None:
         {**LLAMA, "max_position_embeddings": 4},
         pytest.param(
             {**GPT2, "n_positions": 4},
-            marks=pytest.mark.xfail(strict=True, reason="its configuration says n_positions, rewards_bugs.md 8"),
         ),
     ],
     ids=["llama", "gpt2"],

@@ -201,15 +201,14 @@ def test_a_service_that_is_not_there_stops_training(monkeypatch: pytest.MonkeyPa
     port = free_port()
     message = stopped(prepared(f"http://127.0.0.1:{port}/score", token_env="HOUSE_TOKEN"))
     assert SECRET not in message
-    assert f"http://127.0.0.1:{port}/score must answer, got ConnectionError after 2 retries: " in message
+    assert f"http://127.0.0.1:{port}/score must answer, got NewConnectionError after 2 retries" in message
 
 
 def test_a_slow_answer_is_tried_again_and_then_stops_training(service: Service) -> None:
     service.wait.clear()
     message = stopped(prepared(service.url, timeout=0.05, retries=1))
     assert "/score must answer, got " in message
-    assert "after 1 retries: " in message
-    assert "timed out" in message
+    assert "ReadTimeoutError after 1 retries" in message
     for _ in range(1000):  # the server may still be reading
         if len(service.seen) < 2:
             time.sleep(0.01)
@@ -301,7 +300,6 @@ def test_a_token_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch, val
         prepared("http://127.0.0.1:1/", token_env="HOUSE_TOKEN")
 
 
-@pytest.mark.xfail(strict=True, reason="the header's error shows it, rewards_bugs.md 4")
 def test_a_token_of_two_lines_is_in_no_message(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOUSE_TOKEN", f"{SECRET}\nX-Other: 1")
     with pytest.raises((InputError, TrainingStopped)) as caught:
@@ -310,7 +308,6 @@ def test_a_token_of_two_lines_is_in_no_message(service: Service, monkeypatch: py
     assert service.seen == []
 
 
-@pytest.mark.xfail(strict=True, reason="requests' error shows the path with its ?..., rewards_bugs.md 5")
 def test_a_secret_in_the_address_is_in_no_message() -> None:
     address = f"http://user:{SECRET}@127.0.0.1:{free_port()}/score?key={SECRET}"
     assert SECRET not in stopped(prepared(address, retries=0))
@@ -343,14 +340,7 @@ def test_an_option_outside_its_range_is_refused(options: dict[str, Any], message
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="not looked at, rewards_bugs.md 6")
 @pytest.mark.parametrize("url", ["http://[::1/score", "http://host:port/score", "http://host:99999/score"])
 def test_an_address_that_cannot_be_read_is_refused(url: str) -> None:
     with pytest.raises(InputError, match=r"RewardService\.url: must be an address"):
         RewardService(url)
-
-
-def test_a_service_is_made_again_from_its_options() -> None:
-    options = {"url": "https://judge.example/x", "timeout": 3.0, "retries": 1, "backoff": 0.25, "batch_size": 4}
-    options |= {"token_env": "HOUSE_TOKEN", "weight": -2.0}
-    assert RewardService(**options).option_values() == options

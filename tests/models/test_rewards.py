@@ -83,7 +83,6 @@ def test_a_score_is_not_rounded_to_float32() -> None:
     assert scored(Fixed(fine))[0][0] == 1 + 2**-40
 
 
-@pytest.mark.xfail(strict=True, reason="lists pass through float32, rewards_bugs.md 3")
 def test_a_number_of_python_is_not_rounded_to_float32() -> None:
     assert scored(Fixed([0.1, 1e-300, 1e300])) == [[0.1], [1e-300], [1e300]]
 
