@@ -34,7 +34,7 @@ def text_of(cell: NotebookNode) -> str:
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["01_one_sft_run", "02_dpo_in_ten_lines"]
+    assert [path.stem for path in NOTEBOOKS] == ["01_one_sft_run", "02_dpo_in_ten_lines", "03_reading_a_ppo_rollout"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
