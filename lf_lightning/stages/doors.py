@@ -47,8 +47,6 @@ def check_trainer(trainer: Trainer) -> None:
                 f"trainer.strategy.init_args.tensor_parallel_size: must be 1, got {shared}. "
                 f"Set data_parallel_size: {trainer.world_size} and tensor_parallel_size: 1."
             )
-        if trainer.state.fn == "predict":
-            raise InputError("trainer.strategy: cannot generate with a sharded model yet, got one. Use auto or ddp.")
     if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
         raise InputError(
             f"trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. "
