@@ -35,7 +35,7 @@ def test_the_page_says_where_a_loss_starts_and_what_it_compares(name: str, root:
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
 def test_a_readme_has_a_row_for_each_stage_with_its_configs(page: str, root: Path):
     text = (root / page).read_text(encoding="utf-8")
-    for stage in ("pt", "sft", "rm", "dpo", "kto"):
+    for stage in ("pt", "sft", "rm", "dpo", "kto", "ppo", "grpo"):
         (row,) = re.findall(rf"(?m)^\| `{stage.upper()}` \|.*$", text)
         configs = sorted(f"configs/{stage}/{path.name}" for path in (root / "configs" / stage).glob("*.yaml"))
         assert sorted(re.findall(r"configs/[^)]*", row)) == configs
