@@ -14,6 +14,7 @@ PUBLIC = {
     "Full": "lf_lightning.models.adapters",
     "GRPO": "lf_lightning.stages.grpo",
     "GRPOConstants": "lf_lightning.losses.grpo",
+    "GenerationEngine": "lf_lightning.models.generation",
     "GenerationSpec": "lf_lightning.models.generation",
     "InputError": "lf_lightning.types",
     "KTO": "lf_lightning.stages.kto",
@@ -26,6 +27,7 @@ PUBLIC = {
     "ReferenceSpec": "lf_lightning.models.reference",
     "Reward": "lf_lightning.models.rewards",
     "RewardAdapter": "lf_lightning.models.reward_adapter",
+    "RewardBatch": "lf_lightning.models.rewards",
     "RewardFunction": "lf_lightning.models.reward_function",
     "RewardModel": "lf_lightning.models.reward_model",
     "RewardService": "lf_lightning.models.reward_service",
@@ -33,6 +35,7 @@ PUBLIC = {
     "SFT": "lf_lightning.stages.sft",
     "SamplingSpec": "lf_lightning.models.generation",
     "ScheduleSpec": "lf_lightning.optim.schedules",
+    "TransformersEngine": "lf_lightning.models.generation",
     "ValueHeadSpec": "lf_lightning.models.value_head",
 }
 """Public name -> the module that defines it, loaded on first use: the names bring torch, the package must not."""
