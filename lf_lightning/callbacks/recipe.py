@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from lf_lightning.callbacks.checkpoint import RunCheckpoint
-from lf_lightning.models.rewards import Reward
+from lf_lightning.models import GenerationEngine
+from lf_lightning.models.rewards import Reward, options_of
 
 
 def recipe_of(trainer: Trainer, pl_module: LightningModule) -> str:
@@ -73,8 +74,9 @@ def _checkpoint_options(trainer: Trainer) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Plain data of a spec: a dictionary, with its class where there is a choice of classes."""
-    if isinstance(value, Reward):
-        return {"class_path": _class_path(type(value)), "init_args": _plain(value.option_values())}
+    if isinstance(value, Reward | GenerationEngine):
+        options = value.option_values() if isinstance(value, Reward) else options_of(value)
+        return {"class_path": _class_path(type(value)), "init_args": _plain(options)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _plain(vars(value)[field.name]) for field in dataclasses.fields(value)}
         chosen = type(value).__mro__[1] is not object  # a subclass of an abstract spec: the class is part of the choice

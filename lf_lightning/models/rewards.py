@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import math
 import traceback
 from abc import ABC, abstractmethod
@@ -44,7 +44,8 @@ class RewardSetting(NamedTuple):
 class Reward(ABC):
     """What scores responses: a dataclass of options, or a class of your own.
 
-    `weight` is its part in the sum of several.
+    `weight` is its part in the sum of several. Arguments that are kept as attributes of the same names are written to
+    the run's configuration.
     """
 
     weight: float = 1.0
@@ -78,10 +79,14 @@ class Reward(ABC):
         return type(self).__name__
 
     def option_values(self) -> dict[str, Any]:
-        """The options, from which the same reward can be made again: the fields of a dataclass that it is made with."""
-        if not dataclasses.is_dataclass(self):
-            return {}
-        return {field.name: vars(self)[field.name] for field in dataclasses.fields(self) if field.init}
+        """The options, from which the same reward can be made again."""
+        return options_of(self)
+
+
+def options_of(made: object) -> dict[str, Any]:
+    """What an object was made with: its attributes that are called as the arguments of its class."""
+    names = inspect.signature(type(made)).parameters
+    return {name: value for name, value in vars(made).items() if name in names}
 
 
 def check_weight(reward: Reward) -> None:

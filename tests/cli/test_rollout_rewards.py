@@ -275,3 +275,24 @@ def test_a_rule_sees_what_the_data_gives(here: Path):
     for line, row in zip(seen, sorted(ROWS[:6], key=lambda row: row["instruction"]), strict=True):
         assert f"{row['instruction']}<|im_end|>" in line
         assert f" {row['output']!r} " in line
+
+
+def test_a_reward_and_an_engine_of_ones_own_are_named_by_their_class(here: Path):
+    (here / "my_own.py").write_text(
+        "from lf_lightning import Reward, TransformersEngine\n\n\n"
+        "class Count(Reward):\n"
+        "    def __init__(self, letter: str, weight: float = 1.0):\n"
+        "        self.letter, self.weight = letter, weight\n\n"
+        "    def score(self, prompts, responses, batch):\n"
+        "        rows = zip(batch.response_ids, responses)\n"
+        "        return [len(ids) + response.count(self.letter) for ids, response in rows]\n"
+        "\n\nclass Quiet(TransformersEngine):\n"
+        "    def generate(self, *arguments, **more):\n"
+        "        return [ids[:2] for ids in super().generate(*arguments, **more)]\n"
+    )
+    changes = reward("my_own.Count", letter="e", weight=0.5) | {f"{INIT}.engine": {"class_path": "my_own.Quiet"}}
+    run = fit(here, "PPO", **changes, trainer__max_steps=2)
+    row = next(row for row in log_rows(run) if "reward" in row)
+    assert row["response_length"] == 2.0
+    assert row["reward"] == pytest.approx(1.0, abs=0.2)
+    assert lightning("fit", here, merged(rolled("PPO"), changes | {f"{INIT}.rewards": []})) == 2

@@ -28,6 +28,7 @@ from lf_lightning import (
     ScheduleSpec,
     cli,
 )
+from lf_lightning.__main__ import main
 from tests.cli.runs import LLAMA, ROWS, lightning, log_rows, losses, weights, write
 from tests.stages.judgement_runs import fit as fit_judged
 from tests.stages.rollout_runs import EXACT, LENGTH, REWARDS, SPREAD, fit, rolled
@@ -127,6 +128,9 @@ def test_plain_python_trains_what_the_command_line_trains(here: Path):
     trainer.fit(stage, data)
     assert weights(here / "python" / "final") == weights(run / "final")
     assert losses(here / "python") == losses(run)
+    again = ["--config", "python/config.yaml", "--trainer.default_root_dir", "again"]
+    assert main(["fit", *again]) == 0
+    assert weights(here / "again" / "final") == weights(run / "final")
 
 
 def test_a_run_leaves_its_scores_samples_curves_and_the_critic(here: Path):
