@@ -191,7 +191,11 @@ class TransformersEngine(GenerationEngine):
             drawing["stopping_criteria"] = [RowLimits(batch.input_ids.shape[1], limits)]
         with _generating(backbone) as causal_lm:
             tokens: Tensor = causal_lm.generate(
-                input_ids=batch.input_ids, attention_mask=batch.mask, generation_config=config, **drawing
+                input_ids=batch.input_ids,
+                attention_mask=batch.mask,
+                generation_config=config,
+                synced_gpus=False,  # weights are whole here; else ranks would wait for each other at every token
+                **drawing,
             )
         answers = tokens[:, batch.input_ids.shape[1] :].tolist()
         stops = set(stop_token_ids)

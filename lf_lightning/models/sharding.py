@@ -59,8 +59,8 @@ def whole(backbone: Backbone) -> Iterator[None]:
     finally:
         backbone.set_reshard_after_forward(True)
         backbone.set_reshard_after_forward(False, recurse=False)  # the root's are needed again at once
-        for group in groups:
-            group.reshard()
+        # also forgets in which order blocks ran: a backward would gather by it, on each rank what that rank ran last
+        backbone.reset_iter_state()
 
 
 def _filler(backbone: Backbone) -> TokenBatch:

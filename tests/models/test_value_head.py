@@ -228,6 +228,73 @@ def test_an_adapter_on_the_output_layer_is_refused(base: Path) -> None:
         reward_model(base, LoRA(target=["q_proj", "lm_head"]))
 
 
+def critic_of(source: Any, tuning: Tuning) -> Backbone:
+    """A value head that trains beside the output layer."""
+    spec = spec_of(source)
+    backbone = load_backbone(spec, tuning, vocab_size=0, seed=0)
+    assert not add_value_head(backbone, PLAIN, tuning=tuning, path=spec.path, seed=0, keeps_output_layer=True)
+    return backbone
+
+
+@pytest.mark.parametrize("tuning", [Full(), LoRA(), Freeze(num_layers=1)], ids=["full", "lora", "freeze"])
+def test_a_kept_output_layer_trains_as_the_tuning_says(base: Path, tuning: Tuning) -> None:
+    kept = critic_of(base, tuning)
+    without = load_backbone(spec_of(base), tuning, vocab_size=0, seed=0)
+    want = {name: parameter.requires_grad for name, parameter in without.named_parameters()}
+    head = {"value_head.summary.weight": True, "value_head.summary.bias": True}
+    assert {name: parameter.requires_grad for name, parameter in kept.named_parameters()} == {**want, **head}
+    assert kept.causal_lm.lm_head.weight.requires_grad == isinstance(tuning, Full)
+
+
+@pytest.mark.parametrize("source", [UNTIED, TIED], ids=["untied", "tied"])
+def test_a_kept_output_layer_and_the_head_both_get_their_gradients(source: Any) -> None:
+    backbone = perturb(critic_of(source, Full()))
+
+    def gradients(*, of_values: bool, of_logits: bool) -> dict[str, Tensor]:
+        def kernel(hidden: Tensor, output_layer: Any, targets: Tensor) -> Tensor:
+            logits = (hidden @ output_layer.weight.T).log_softmax(-1)[..., 7].sum()
+            return of_values * backbone.value_head(hidden).square().sum() + of_logits * logits
+
+        backbone.zero_grad()
+        backbone(batch_of(ROWS, MASK), kernel=kernel).backward()
+        return {name: parameter.grad.clone() for name, parameter in backbone.named_parameters()}
+
+    both = gradients(of_values=True, of_logits=True)
+    values, logits = gradients(of_values=True, of_logits=False), gradients(of_values=False, of_logits=True)
+    for name, grad in both.items():
+        assert grad.any()
+        scale = grad.abs().max().clamp(min=1.0).item()
+        torch.testing.assert_close(grad, values[name] + logits[name], rtol=0, atol=1e-4 * scale)
+    assert not logits["value_head.summary.weight"].any()
+    assert ("model.lm_head.weight" in both) == (source is UNTIED)
+    assert not (source is UNTIED and values["model.lm_head.weight"].any())
+
+
+def test_an_adapter_on_a_kept_output_layer_is_accepted_and_trains(base: Path) -> None:
+    tuning = LoRA(rank=2, target=["q_proj", "lm_head"])
+    backbone = perturb(critic_of(base, tuning))
+    trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    on_output = {name for name in trained if "lm_head" in name}
+    assert len(on_output) == 2
+    assert all("lora_" in name for name in on_output)
+    assert backbone.value_head.summary.weight.shape == (1, 16)
+
+    def kernel(hidden: Tensor, output_layer: Any, targets: Tensor) -> Tensor:
+        return (hidden @ output_layer.weight.T).square().sum() + backbone.value_head(hidden).square().sum()
+
+    backbone(batch_of(ROWS, MASK), kernel=kernel).backward()
+    assert {name for name, each in backbone.named_parameters() if each.grad is not None and each.grad.any()} == trained
+    with pytest.raises(InputError, match=r"target: must leave out the output layer"):
+        reward_model(base, tuning)
+
+
+def test_the_head_reads_what_it_reads_without_an_output_layer_and_changes_no_logits() -> None:
+    kept, without = critic_of(UNTIED, Full()), reward_model(UNTIED)
+    assert torch.equal(scores(kept), scores(without))
+    plain = load_backbone(spec_of(UNTIED), Full(), vocab_size=0, seed=0).eval()
+    assert torch.equal(kept.causal_lm(ROWS).logits, plain.causal_lm(ROWS).logits)
+
+
 def test_auto_loads_the_head_of_the_backbones_folder(tmp_path: Path) -> None:
     first = perturb(reward_model(UNTIED))
     save_weights(first, tmp_path, base=None, writes=True)
