@@ -96,10 +96,10 @@ def page() -> str:
 
 
 def leaves(base: type) -> Iterator[type]:
-    """The classes below a class that nothing derives from, in the order of their definition."""
-    for kind in base.__subclasses__():
-        if kind.__module__.startswith("lf_lightning."):
-            yield from [kind] if not kind.__subclasses__() else leaves(kind)
+    """The package's classes below a class that none of the package derives from, in the order of their definition."""
+    ours = [kind for kind in base.__subclasses__() if kind.__module__.startswith("lf_lightning.")]
+    for kind in ours:
+        yield from list(leaves(kind)) or [kind]
 
 
 def our_callbacks() -> list[type]:

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from docs.make_options import PAGE, options, page, readable
-from lf_lightning import DataModule, LoRA
+from docs.make_options import PAGE, leaves, options, page, readable
+from lf_lightning import DataModule, LoRA, Reward, RewardFunction
 
 
 def test_the_page_of_options_is_what_the_script_makes_of_the_classes():
@@ -43,6 +43,16 @@ def test_an_option_without_a_meaning_is_refused():
 def test_every_option_of_a_class_is_in_its_table():
     assert [row[0] for row in options(LoRA)] == ["rank", "alpha", "dropout", "target", "adapter"]
     assert "mask_history" in [row[0] for row in options(DataModule)]
+
+
+def test_a_class_of_ones_own_below_ours_changes_nothing():
+    before = [kind.__name__ for kind in leaves(Reward)]
+
+    class Own(RewardFunction):
+        """Mine."""
+
+    assert [kind.__name__ for kind in leaves(Reward)] == before
+    assert Own.__name__ not in before
 
 
 def test_types_read_as_words():

@@ -30,6 +30,10 @@ from tests.stages.contract_rewards import spread
 from tests.stages.rollout_runs import CONSTANTS, EXACT, FixedEngine
 
 STOP = 2
+SEED = "7"
+"""Of the runs: what another test has seeded before must not matter."""
+PROMPT_LENGTH = 30
+"""Tokens of each of the first nine prompts."""
 BACKBONE = BackboneSpec(architecture=dict(LLAMA), tokenizer="bytes")
 
 
@@ -103,12 +107,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("plain"))
+        patch.setenv("PL_GLOBAL_SEED", SEED)
         return {stage: trained(stage)[0] for stage in ("PPO", "GRPO")}
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", SEED)
 
 
 SHARED: dict[str, dict[str, Any]] = {
@@ -218,9 +224,9 @@ def test_an_empty_response_one_without_a_stop_token_and_one_at_the_limit_are_tra
 
 
 def test_a_prompt_one_short_of_the_limit_is_answered_by_one_token():
-    longest = 38
-    _, kept = trained("PPO", max_length=longest + 1, max_steps=2)
-    assert kept.logged[0]["response_length"] < 5
+    _, kept = trained("PPO", max_length=PROMPT_LENGTH + 1, max_samples=9, max_steps=2)
+    assert kept.logged[0]["prompt_length"] == PROMPT_LENGTH
+    assert kept.logged[0]["response_length"] == 1.0
 
 
 def test_responses_of_one_token_each_are_trained():
