@@ -48,7 +48,8 @@ class RewardModel(Reward):
         path: Folder or hub name: a whole model with value_head.safetensors or value_head.bin (ours, LlamaFactory's);
             the folder of an adapter with one; or any AutoModelForSequenceClassification with one label.
         base: Folder or hub name of the model under an adapter; empty means what adapter_config.json says.
-        dtype: Type of its weights; `auto` is the type in the folder. A value head is float32 at least.
+        dtype: Type in which it computes, whatever the trainer's precision is; `auto` is the type in the folder. The
+            head is float32 at least.
         batch_size: Responses that are scored together, > 0.
         weight: Its part in the sum of all rewards.
     """
@@ -99,9 +100,10 @@ class RewardModel(Reward):
             rows = _encoded_again(rows, batch.tokenizer, self._tokenizer)
         rows = self._that_fit(rows, self._scorer.num_positions)
         found = []
-        for start in range(0, len(rows), self.batch_size):
-            ids, mask = right_padded(rows[start : start + self.batch_size], self._device)
-            found.append(self._scorer.score(ids, mask).double())
+        with torch.autocast(self._device.type, enabled=False):  # that of the trainer's precision: `dtype` alone decides
+            for start in range(0, len(rows), self.batch_size):
+                ids, mask = right_padded(rows[start : start + self.batch_size], self._device)
+                found.append(self._scorer.score(ids, mask).double())
         return torch.cat(found)
 
     def _that_fit(self, rows: list[list[int]], most: int | None) -> list[list[int]]:
@@ -241,8 +243,10 @@ def _classifier(path: str, dtype: Dtype, device: torch.device) -> Scorer:
             logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
             return logits.squeeze(-1)
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        values: Tensor = head(hidden[torch.arange(len(ids), device=ids.device), last_counted(mask)])
-        return values.squeeze(-1)
+        last = hidden[torch.arange(len(ids), device=ids.device), last_counted(mask)]
+        exact = torch.promote_types(last.dtype, torch.float32)  # close scores must not become equal
+        values: Tensor = head.weight.to(exact) @ last.to(exact).T + (0 if head.bias is None else head.bias.to(exact))
+        return values.squeeze(0)
 
     return Scorer(score, embedding_rows(model), _positions(model.config))
 

@@ -31,7 +31,7 @@ class RewardService(Reward):
 
     Args:
         url: Where to post, http or https.
-        timeout: Seconds to wait for a connection, and for each answer, > 0.
+        timeout: Seconds to wait for a connection, and then for an answer to come or to go on, > 0.
         retries: How often a request is tried again, >= 0. With `backoff`, how long the service may be gone: 31 seconds
             with both defaults.
         backoff: Seconds before the second retry, >= 0; each further pause is twice the one before, up to 120 seconds.

@@ -129,7 +129,7 @@ class PPO(RolloutStage):
         constants, lengths, mask = self.constants, rollout.lengths, mask_of(rollout.lengths)
         assert found.values is not None
         scores, values = self._final_scores(rollout), padded(found.values, lengths)
-        kl_coef = self.memory.get("kl_coef", constants.kl_coef)
+        kl_coef = self._kl_coef
         kl = torch.zeros_like(values)
         if found.reference is not None:
             kl = padded(kl_estimate(found.log_probs, found.reference, estimator=constants.kl_estimator), lengths)
@@ -167,12 +167,19 @@ class PPO(RolloutStage):
         self.memory |= dict(zip(names, moments, strict=True))
         return normalized_scores(scores, moments, norm=constants.score_norm, clip=constants.score_clip)
 
-    def _control_kl(self, kl_coef: float, log_ratios: Tensor, *, num_responses: int) -> None:
-        """Set the coefficient of the next rollout; the same for fixed ones."""
+    @property
+    def _kl_coef(self) -> float:
+        """The coefficient of this rollout; a configuration with another first one than the checkpoint's begins anew."""
         constants = self.constants
-        self.memory["kl_coef"] = kl_coef
+        is_steered = constants.kl_controller == "adaptive" and self.memory.get("first_kl_coef") == constants.kl_coef
+        return self.memory["kl_coef"] if is_steered else constants.kl_coef
+
+    def _control_kl(self, kl_coef: float, log_ratios: Tensor, *, num_responses: int) -> None:
+        """Set the coefficient of the next rollout, where it is steered."""
+        constants = self.constants
         if constants.kl_controller == "adaptive":
             kl = float(log_ratios.sum()) / num_responses
+            self.memory["first_kl_coef"] = constants.kl_coef
             self.memory["kl_coef"] = adaptive_kl_coef(
                 kl_coef, kl, target=constants.kl_target, horizon=constants.kl_horizon, num_responses=num_responses
             )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lf_lightning.callbacks.predictions import from_all_ranks
 from lf_lightning.models import SamplingSpec
 from lf_lightning.models.rewards import Reward, RewardBatch, combined_scores
+from lf_lightning.models.sharding import whole
 from lf_lightning.types import InputError, PromptBatch, Response, Sample, TrainingStopped
 
 if TYPE_CHECKING:
     from lf_lightning.stages.rollout import RolloutStage
+
+Found = TypeVar("Found")
 
 
 def respond(
@@ -31,15 +34,23 @@ def respond(
         seeds: What the draws follow from, beside the row of a prompt.
 
     Returns:
-        The responses of each batch, in its order; those to fillers have the row -1, and may have no scores.
+        The responses of each batch, in its order; those to fillers have the row -1, and no scores.
 
     Raises:
         TrainingStopped: Generation or a reward failed, on whichever rank.
     """
-    found: list[list[Response]] = []
+    drawn = _on_all_ranks(lambda: _drawn(stage, batches, spec, seeds))
+    # scoring by an adapter runs the policy as often as this rank has responses: its weights must be whole
+    gathers = any(reward.needs_adapter for reward in stage.rewards)
+    with whole(stage.backbone) if gathers else nullcontext():
+        return _on_all_ranks(lambda: [_scored(stage, batch, responses) for batch, responses in drawn])
+
+
+def _on_all_ranks(work: Callable[[], Found]) -> Found:
+    """Do what needs no other rank; where it fails on one, all stop."""
     trouble = ""
     try:
-        found = [_scored(stage, batch, responses) for batch, responses in _drawn(stage, batches, spec, seeds)]
+        found = work()
     except (InputError, TrainingStopped) as error:
         trouble = str(error)
     told = [line for line in from_all_ranks(trouble) if line]
@@ -56,23 +67,23 @@ def _drawn(
     with stage.engine.ready(stage.backbone):
         for batch in batches:
             moved = stage.transfer_batch_to_device(batch, stage.device, 0)
-            draws = [_seed(*seeds, max(row, 0)) for row in batch.rows]
+            draws = row_seeds(batch, seeds)
             tokens = stage.engine.generate(stage.backbone, moved, spec, stop_token_ids=stops, seeds=draws)
             rows = zip(batch.rows, tokens, strict=True)
             found.append((batch, [Response(row, tuple(ids), ids[-1] in stops) for row, ids in rows]))
     return found
 
 
-def _seed(*numbers: int) -> int:
-    """One seed of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def row_seeds(batch: PromptBatch, seeds: Sequence[int]) -> list[int]:
+    """What the answer to each prompt of a batch is drawn from: some numbers and its row, never its neighbours."""
+    states = (np.random.SeedSequence([*seeds, max(row, 0)]).generate_state(1, np.uint64)[0] for row in batch.rows)
+    return [int(state >> np.uint64(1)) for state in states]
 
 
 def _scored(stage: RolloutStage, batch: PromptBatch, responses: Sequence[Response]) -> list[Response]:
     """The responses with their scores."""
-    tokenizer, sharded = stage.data.tokenizer, isinstance(stage.trainer.strategy, ModelParallelStrategy)
-    # where weights are sharded all ranks must run a reward adapter equally often, on fillers too
-    chosen = [place for place, response in enumerate(responses) if response.row >= 0 or sharded]
+    tokenizer = stage.data.tokenizer
+    chosen = [place for place, response in enumerate(responses) if response.row >= 0]
     if not chosen:
         return list(responses)
     prompt_ids = [tuple(row[mask].tolist()) for row, mask in zip(batch.input_ids, batch.mask.bool(), strict=True)]

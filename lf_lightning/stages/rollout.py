@@ -20,7 +20,7 @@ from lf_lightning.stages.answers import answers_of
 from lf_lightning.stages.base import Stage
 from lf_lightning.stages.experience import Experience, Rollout, TokenValues, statistics_of, values_kernel
 from lf_lightning.stages.held_reference import HeldReference, quiet
-from lf_lightning.stages.respond import by_name, respond, samples_of, sums_of
+from lf_lightning.stages.respond import by_name, respond, row_seeds, samples_of, sums_of
 from lf_lightning.stages.rollout_doors import check_rollouts, sampling_line
 from lf_lightning.types import (
     Answer,
@@ -82,6 +82,8 @@ class RolloutStage(Stage):
         """Responses to the prompts of the last validation set."""
         self._found: list[Sample] = []
         self._are_prepared = False
+        self._is_far = False
+        """Whether the ratio of the last step was above the threshold, so that the step was not made."""
 
     # ------------------------------------------------------------------ what a stage defines
 
@@ -262,18 +264,18 @@ class RolloutStage(Stage):
         if target_kl is not None and kl > 1.5 * target_kl:
             self.kept.is_over = self.is_idle = True
             say(f"step {step}: approximate KL {kl:.4g} is too large; the rest of this rollout changes nothing")
-            return True
-        if ratio_threshold is not None and ratio > ratio_threshold:
+        self._is_far = ratio_threshold is not None and ratio > ratio_threshold
+        if self._is_far and not self.is_idle:
             say(f"step {step}: mean ratio {ratio:.4g} is above {ratio_threshold:g}; this step changes nothing")
-            return True
-        return False
+        return self._is_far or self.is_idle
 
     def reported(self, means: dict[str, float]) -> dict[str, float]:
         """Loss and reward, the parts of the loss, and the statistics of step and rollout."""
         logged = self.kept.logged if self.kept is not None else {}
         parts = {f"loss/{name}": means[name] for name in self.coefficients}
         rest = {name: means[name] for name in self.metrics}
-        return {"loss": means["loss"], **logged, **parts, **rest, "early_stop": float(self.is_idle)}
+        halted = {"early_stop": float(self.is_idle), "ratio_stop": float(self._is_far and not self.is_idle)}
+        return {"loss": means["loss"], **logged, **parts, **rest, **halted}
 
     # ------------------------------------------------------------------ validation
 
@@ -329,7 +331,8 @@ class RolloutStage(Stage):
 
     def answers(self, batch: PromptBatch) -> list[Answer]:
         """Generate an answer to each prompt; greedy unless the generation spec says otherwise."""
-        return answers_of(self, batch, self._eval_generation)
+        seeds = row_seeds(batch, [self.seed, EVAL_DRAWS])
+        return answers_of(self, batch, self._eval_generation, seeds=seeds)
 
     def own_state(self) -> dict[str, Any]:
         """The rollout in progress, where steps on it are left."""

@@ -29,7 +29,7 @@ from lf_lightning import (
     cli,
 )
 from lf_lightning.__main__ import main
-from tests.cli.runs import LLAMA, ROWS, lightning, log_rows, losses, weights, write
+from tests.cli.runs import INIT, LLAMA, ROWS, lightning, log_rows, losses, weights, write
 from tests.stages.judgement_runs import fit as fit_judged
 from tests.stages.rollout_runs import EXACT, LENGTH, REWARDS, SPREAD, fit, rolled
 
@@ -95,6 +95,43 @@ def test_an_early_stop_changes_nothing_until_the_next_rollout(here: Path):
     stops = [row["early_stop"] for row in log_rows(run) if "early_stop" in row]
     assert stops[:2] == [0.0, 1.0]
     assert 0.0 in stops[8:]
+
+
+def test_a_step_that_the_ratio_takes_away_is_logged(here: Path):
+    run = fit(here, "PPO", constants={"ratio_threshold": 1.0001}, trainer__max_steps=8)
+    found = [(row["policy/ratio"] > 1.0001, row["ratio_stop"]) for row in log_rows(run)]
+    assert {far for far, _ in found} == {True, False}
+    assert all(far == stop for far, stop in found)
+
+
+@pytest.mark.parametrize(
+    ("controller", "changed", "goes_on"),
+    [("fixed", 0.9, 0.9), ("adaptive", 0.9, 0.9), ("adaptive", 0.2, None)],
+)
+def test_the_price_of_the_kl_is_that_of_the_configuration_after_a_resume(
+    controller: str, changed: float, goes_on: float | None, here: Path
+):
+    constants = {"kl_controller": controller, "kl_coef": 0.2, "kl_horizon": 20}
+    fit(here, "PPO", constants=constants, checkpoint__every_n_steps=4)
+    longer = rolled("PPO", constants={**constants, "kl_coef": changed}, trainer__max_steps=8)
+    assert lightning("fit", here, longer, "--ckpt_path", "last") == 0
+    prices = [row["objective/kl_coef"] for row in log_rows(here / "run")]
+    assert prices[:4] == [0.2] * 4
+    if goes_on is None:  # the controller's own, which has moved
+        assert prices[4] not in (0.2, 0.9)
+    else:
+        assert prices[4] == goes_on
+
+
+def test_what_predict_draws_does_not_depend_on_the_batch_size(here: Path):
+    run, found = fit(here, "PPO"), []
+    for size in (1, 8):
+        options = {"eval_do_sample": True, "batch_size": size}
+        changes = rolled("PPO", generation=options, data__predict_datasets=[{"path": "rows.json"}])
+        assert lightning("predict", here, changes, "--ckpt_path", "run/final") == 0
+        found.append((run / "generated_predictions.jsonl").read_text())
+    assert found[0] == found[1]
+    assert len({json.loads(line)["predict"] for line in found[0].splitlines()}) > 6
 
 
 def test_plain_python_trains_what_the_command_line_trains(here: Path):
@@ -251,3 +288,24 @@ def test_two_ranks_give_what_one_gives(stage: str, sampled: bool, here: Path, ro
     assert losses(found[1]) == pytest.approx(losses(found[0]), rel=1e-5, abs=1e-5)
     one, two = ([value for row in told(run) for value in row.values()] for run in found)
     assert two == pytest.approx(one, rel=1e-4, abs=1e-4)
+
+
+def test_ranks_whose_weights_are_cut_score_uneven_shares_by_an_adapter(here: Path, model: Path, root: Path):
+    judge = fit_judged(here, "RM", "judge", lora=model, trainer__max_steps=2) / "final"
+    (here / "rows.json").write_text(json.dumps(ROWS))
+    reward = {"class_path": "RewardAdapter", "init_args": {"path": str(judge), "batch_size": 1}}
+    changes = {"lora": model, "data__rollout_size": 5, f"{INIT}.rewards": [reward], "trainer__max_steps": 2}
+    one = fit(here, "PPO", "one", **changes)
+    strategy = {
+        "class_path": "ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    }
+    changes |= {"trainer__devices": 2, "trainer__strategy": strategy, "checkpoint__every_n_steps": None}
+    path = write(here, rolled("PPO", "two", **changes), "two.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command(here, path), capture_output=True, text=True, env=environment, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rewards = [[row["reward"] for row in log_rows(run)] for run in (one, here / "two")]
+    assert rewards[1] == pytest.approx(rewards[0], rel=1e-5)

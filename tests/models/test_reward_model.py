@@ -212,6 +212,24 @@ def test_the_weights_have_the_type_that_was_asked_for(tmp_path: Path, dtype: str
     assert (error > 1e-9).item() is (dtype == "float32")
 
 
+@pytest.mark.parametrize("kind", ["classifier", "value head"])
+def test_the_precision_of_the_trainer_changes_no_score(tmp_path: Path, kind: str) -> None:
+    if kind == "classifier":
+        classifier(LLAMA, tmp_path)
+    else:
+        save_judge(with_head(LLAMA), tmp_path, None)
+    reward = prepared(RewardModel(str(tmp_path), dtype="float32"))
+    plain = scored(reward)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scored(reward), plain)
+
+
+def test_close_scores_of_a_classifier_in_bfloat16_stay_apart(tmp_path: Path) -> None:
+    classifier(LLAMA, tmp_path)
+    found = scored(prepared(RewardModel(str(tmp_path), dtype="bfloat16")))
+    assert (found.to(torch.bfloat16).double() != found).any()
+
+
 # ---------------------------------------------------------------------- tokenizers
 
 
