@@ -7,11 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+    from lightning.pytorch import Trainer
 
 
 def global_seed() -> int:
     """The value of the last `seed_everything`, 0 before any; lightning 2.6 keeps it in PL_GLOBAL_SEED only."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether a validation comes right after the optimizer step just made, before the next one.
+
+    lightning 2.6 decides it in the loop of the epoch, once `on_train_batch_end` is over.
+    """
+    loop = trainer.fit_loop
+    fetcher, epoch = loop._data_fetcher, loop.epoch_loop
+    return fetcher is not None and not epoch.val_loop.skip and bool(epoch._should_check_val_fx(fetcher))
 
 
 def parser_schema(parser: ArgumentParser) -> dict[str, Any]:

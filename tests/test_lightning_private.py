@@ -1,14 +1,16 @@
 """Each private name that we touch still means what we take it to mean."""
 
 import os
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
-from lf_lightning.lightning_private import global_seed, parser_schema
+from lf_lightning.lightning_private import global_seed, parser_schema, validation_follows
+from tests.callbacks.python_run import fit
 
 
 def test_the_global_seed_is_that_of_the_last_seed_everything(monkeypatch: pytest.MonkeyPatch):
@@ -23,6 +25,38 @@ def test_without_seed_everything_the_global_seed_is_zero(monkeypatch: pytest.Mon
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     assert global_seed() == 0
     assert "PL_GLOBAL_SEED" not in os.environ
+
+
+class Follows(Callback):
+    """Asks after every step, and sees what comes."""
+
+    def __init__(self) -> None:
+        self.asked: dict[int, bool] = {}
+        self.came: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.asked[trainer.global_step] = validation_follows(trainer)
+
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        self.came.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"val_size": 3, "val_check_interval": 2, "check_val_every_n_epoch": None},
+        {"val_size": 3},  # at the end of an epoch of three steps
+        {"val_size": 3, "val_check_interval": 0.5},
+        {"val_size": 3, "limit_val_batches": 0},
+        {"val_size": 0},
+    ],
+)
+def test_a_validation_follows_exactly_where_it_is_said_to(options: dict[str, Any], tmp_path: Path):
+    follows = Follows()
+    fit(tmp_path, follows, max_steps=7, num_sanity_val_steps=0, **options)
+    assert sorted(follows.asked) == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, asked in follows.asked.items() if asked] == follows.came
+    assert bool(follows.came) == (options["val_size"] > 0 and "limit_val_batches" not in options)
 
 
 class Fruit:

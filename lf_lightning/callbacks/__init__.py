@@ -9,6 +9,7 @@ from lf_lightning.callbacks.plots import PlotLoss
 from lf_lightning.callbacks.predictions import WritePredictions
 from lf_lightning.callbacks.processor import SaveProcessorCallback
 from lf_lightning.callbacks.progress import PlainProgress
+from lf_lightning.callbacks.random_state import RandomState
 from lf_lightning.callbacks.run_folder import RunFolder
 from lf_lightning.callbacks.run_log import RunLog
 from lf_lightning.callbacks.samples import WriteSamples
@@ -19,6 +20,7 @@ __all__ = [
     "FixValueHeadModelCallback",
     "PlainProgress",
     "PlotLoss",
+    "RandomState",
     "RunCheckpoint",
     "RunFolder",
     "RunLog",
@@ -33,4 +35,4 @@ __all__ = [
 def default_callbacks() -> list[Callback]:
     """What every run has, with its defaults; the order matters: logs before plots, the model card last."""
     saves = [SaveProcessorCallback(), FixValueHeadModelCallback(), RunFolder()]
-    return [*saves, RunLog(), PlotLoss(), WritePredictions(), WriteSamples(), RunCheckpoint()]
+    return [*saves, RandomState(), RunLog(), PlotLoss(), WritePredictions(), WriteSamples(), RunCheckpoint()]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, run_folder, step_of, whole_folder
+from lf_lightning.callbacks.folder import STATE, complete_checkpoints, remove_checkpoint, run_folder, step_of
 from lf_lightning.callbacks.run_log import read_log
+from lf_lightning.callbacks.saving import Saving, StateFile
 from lf_lightning.console import say
-from lf_lightning.types import InputError
+from lf_lightning.lightning_private import validation_follows
+from lf_lightning.models.saved import adapter_digest, check_saved
+from lf_lightning.types import InputError, TrainingStopped
 
 
 @runtime_checkable
@@ -26,8 +31,12 @@ class SavesPretrained(Protocol):
 class RunCheckpoint(ModelCheckpoint):
     """Save checkpoints/step-00000500/ while training, and final/ at the end.
 
+    Where a validation comes after the same step, the checkpoint is saved after it, so that a resume neither repeats nor
+    leaves out a validation. Every folder is opened again before it gets its name.
+
     Args:
         every_n_steps: Optimizer steps between checkpoints, > 0; empty means only the final folder.
+        every_n_epochs: Epochs between checkpoints, at their last step, > 0; beside every_n_steps.
         save_top_k: Checkpoints to keep beside the newest: -1 for all. With `monitor` the best ones, else the newest.
         monitor: A logged value that says which checkpoints are best, for example val/loss.
         mode: Whether the smallest or the largest value is best.
@@ -36,24 +45,32 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         every_n_steps: int | None = 500,
+        every_n_epochs: int | None = None,
         save_top_k: int = -1,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
     ) -> None:
         super().__init__(save_top_k=0)  # of ModelCheckpoint itself only the type is used: Lightning adds none beside it
-        if every_n_steps is not None and every_n_steps < 1:
-            raise InputError(f"checkpoint.every_n_steps: must be at least 1 or null, got {every_n_steps}. Raise it.")
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+            if value is not None and value < 1:
+                raise InputError(f"checkpoint.{name}: must be at least 1 or null, got {value}. Raise it.")
         if save_top_k < -1:
             raise InputError(f"checkpoint.save_top_k: must be -1 (all), 0 or more, got {save_top_k}. Raise it.")
-        self.every_n_steps, self.keep, self.watched, self.best_is = every_n_steps, save_top_k, monitor, mode
+        self.every_n_steps, self.epochs_between = every_n_steps, every_n_epochs
+        self.keep, self.watched, self.best_is = save_top_k, monitor, mode
         self.values: dict[int, float] = {}
         """Step of a checkpoint -> value of `monitor` there."""
         self._step_of_final: int | None = None
+        self._is_waiting = False  # for the validation after the step of a checkpoint
+        self._change = AdapterChange()
 
     # ------------------------------------------------------------------ when
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing to prepare: the run folder is the trainer's."""
+        """Let the state of a resume be written in a way that tells all ranks of errors."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy.checkpoint_io, StateFile):
+            strategy.checkpoint_io = StateFile(strategy.checkpoint_io)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is saved before the first step; but what ranks checkpoints must exist.
@@ -62,6 +79,7 @@ class RunCheckpoint(ModelCheckpoint):
             InputError: Nothing of the name of `monitor` is ever logged.
         """
         stage: Any = pl_module
+        self._change.begin(stage)
         if self.watched is None:
             return
         if stage.data is not None and "val" not in stage.data.sets:
@@ -69,24 +87,42 @@ class RunCheckpoint(ModelCheckpoint):
         known = [f"val/{name}" for name in stage.set_values(dict.fromkeys(stage.measured, 0.0))]
         if self.watched not in known:
             raise InputError(f"checkpoint.monitor: must be one of {', '.join(known)}, got {self.watched}. Correct it.")
-        # a checkpoint is written before its step is validated, so its own value is in the log only
+        # the values of checkpoints that this process did not write
         field = f"eval_{self.watched.removeprefix('val/')}"
         rows = read_log(run_folder(trainer))
         self.values |= {row["current_steps"]: row[field] for row in rows if row.get(field) is not None}
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at the learning rate that the step will have."""
+        self._change.look_before(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where a checkpoint is due."""
-        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
-            self.save(trainer, pl_module)
+        """Save where a checkpoint is due, unless a validation comes first."""
+        self._change.look_after(pl_module)
+        if self._is_due(trainer):
+            self._is_waiting = validation_follows(trainer)
+            if not self._is_waiting:
+                self.save(trainer, pl_module)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        epoch = trainer.current_epoch + 1
+        at_step = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        at_epoch = self.epochs_between is not None and trainer.is_last_batch and epoch % self.epochs_between == 0
+        return at_step or at_epoch
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember how good the checkpoint of this step is."""
-        if self.watched is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        """Remember how good the weights of this step are, and save where a checkpoint is due."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self.values[trainer.global_step] = float(trainer.callback_metrics[self.watched])
-        self._prune(trainer)
+        if self.watched is not None:
+            self.values[trainer.global_step] = float(trainer.callback_metrics[self.watched])
+        if self._is_waiting:
+            self._is_waiting = False
+            self.save(trainer, pl_module)
+        else:
+            self._prune(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checkpoints count optimizer steps, not epochs."""
@@ -106,27 +142,35 @@ class RunCheckpoint(ModelCheckpoint):
     # ------------------------------------------------------------------ what
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> Path:
-        """Write a checkpoint of this step: all of it or nothing."""
+        """Write a checkpoint of this step: all of it or nothing.
+
+        Raises:
+            TrainingStopped: It cannot be written, or what was written is not what was trained.
+        """
         target = run_folder(trainer) / "checkpoints" / f"step-{trainer.global_step:08d}"
-        with whole_folder(target, writes=trainer.is_global_zero) as folder:
-            if trainer.is_global_zero:
-                (folder / "trainer_state").mkdir()
-            trainer.strategy.barrier()
-            _fill(trainer, pl_module, folder)
-            trainer.save_checkpoint(folder / "trainer_state" / "state.ckpt")
-            trainer.strategy.barrier()
-        trainer.strategy.barrier()
+        self._write(trainer, pl_module, target, with_state=True)
         self._prune(trainer)
         return target
 
     def _save_final(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = run_folder(trainer) / "final"
-        with whole_folder(target, writes=trainer.is_global_zero) as folder:
-            trainer.strategy.barrier()
-            _fill(trainer, pl_module, folder)
-            trainer.strategy.barrier()
+        self._write(trainer, pl_module, target, with_state=False)
         self._step_of_final = trainer.global_step
         say(f"saved {target}")
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, target: Path, *, with_state: bool) -> None:
+        """Fill a folder on all ranks, open it again, and give it its name."""
+        stage: Any = pl_module
+        saving = Saving(trainer, target)
+        saving.begin(with_state=with_state)
+        saving.do(lambda: stage.save_pretrained(saving.folder))
+        for callback in vars(trainer)["callbacks"]:
+            if isinstance(callback, SavesPretrained):
+                saving.do(partial(callback.on_save_pretrained, trainer, pl_module, saving.folder))
+        if with_state:
+            saving.do(lambda: _save_state(trainer, saving.folder / STATE))
+        saving.do(lambda: self._change.check(stage, trainer.global_step))
+        saving.finish(lambda: check_saved(stage.backbone, saving.folder))
 
     def _prune(self, trainer: Trainer) -> None:
         """Remove checkpoints that are neither the newest nor among the best."""
@@ -160,9 +204,44 @@ class RunCheckpoint(ModelCheckpoint):
         self.values = dict(state_dict["values"])
 
 
-def _fill(trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
-    """Write the weights, then what callbacks add to them."""
-    pl_module.save_pretrained(folder)  # type: ignore[operator]  # every stage has it
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a plain attribute of Trainer
-        if isinstance(callback, SavesPretrained):
-            callback.on_save_pretrained(trainer, pl_module, folder)
+def _save_state(trainer: Trainer, path: Path) -> None:
+    """Write what only a resume needs."""
+    trainer.save_checkpoint(path)
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        file = trainer.strategy.checkpoint_io
+        assert isinstance(file, StateFile)
+        file.raise_kept()
+
+
+class AdapterChange:
+    """Whether training reaches the adapter that is saved: a step with a gradient and a rate must have changed it."""
+
+    def __init__(self) -> None:
+        self._start: str | None = None
+        self._rate = 0.0
+        self._first_step: int | None = None
+        self._num_steps = 0
+
+    def begin(self, stage: Any) -> None:
+        """Remember the adapter before the first step."""
+        self._start, self._first_step, self._num_steps = adapter_digest(stage.backbone), stage.global_step, 0
+
+    def look_before(self, trainer: Trainer) -> None:
+        """Look at the learning rate of the step about to be made."""
+        self._rate = max(group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
+
+    def look_after(self, stage: Any) -> None:
+        """Count a step that had a gradient and a learning rate."""
+        self._num_steps += stage.grad_norm > 0 and self._rate > 0
+
+    def check(self, stage: Any, step: int) -> None:
+        """Refuse to save an adapter that no step has changed.
+
+        Raises:
+            TrainingStopped: As said.
+        """
+        if self._start is not None and self._num_steps and adapter_digest(stage.backbone) == self._start:
+            raise TrainingStopped(
+                f"an adapter that {self._num_steps} steps with a gradient have not changed since step "
+                f"{self._first_step}: something puts its weights back"
+            )

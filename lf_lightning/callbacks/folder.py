@@ -6,33 +6,29 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lf_lightning.console import say
 from lf_lightning.types import InputError
 
 MANIFEST = "manifest.json"
+STATE = "trainer_state/state.ckpt"
+"""What a resume reads besides the weights, in the folder of a checkpoint."""
 
 
-@contextmanager
-def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
-    """Give a hidden folder to fill; afterwards it takes the place of `target`, all at once.
+def hidden_folder(target: Path) -> Path:
+    """Where a folder is filled before it gets its name."""
+    return target.parent / f".{target.name}.tmp"
 
-    Args:
-        target: The folder to make or to replace.
-        writes: Whether this process writes manifest and name; only one may.
+
+def name_folder(hidden: Path, target: Path) -> None:
+    """Put a folder that is whole in the place of `target`, all at once but for a moment in which neither is there.
+
+    A crash in that moment leaves the old one as `.NAME.old`; `put_back` gives it its name again.
     """
-    hidden = target.parent / f".{target.name}.tmp"
-    if writes:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
-    yield hidden
-    if not writes:
-        return
-    write_manifest(hidden)
     old = target.parent / f".{target.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -42,8 +38,15 @@ def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(folder: Path) -> None:
-    """Write names, sizes and hashes of all files of a folder, after everything else is on the disk."""
+def put_back(target: Path) -> None:
+    """Give a folder its name back, where a crash has come between the two renames that replace it."""
+    old = target.parent / f".{target.name}.old"
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder to the disk: its files, then a manifest with names, sizes and hashes of all of them."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
         _sync(path)
@@ -67,18 +70,31 @@ def sha256(path: Path) -> str:
 
 
 def check_whole(folder: Path) -> None:
-    """Compare a checkpoint with its manifest, file by file, by size.
+    """Compare a checkpoint with its manifest, file by file, byte by byte.
 
     Raises:
-        InputError: It has no manifest, or a file is missing or has another size.
+        InputError: It has no manifest, or one that cannot be read; or a file is missing, or differs.
     """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise InputError(f"{folder}: must be a complete checkpoint, got one without {MANIFEST}. Give another folder.")
-    for name, facts in json.loads(manifest.read_text())["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else "no file"
+    for name, facts in _manifest(folder).items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else "no file"
         if size != facts["size"]:
-            raise InputError(f"{folder / name}: must have {facts['size']} bytes, got {size}. Give another checkpoint.")
+            raise InputError(f"{path}: must have {facts['size']} bytes, got {size}. Give another checkpoint.")
+        if sha256(path) != facts["sha256"]:
+            raise InputError(f"{path}: must be as it was saved, got other bytes. Give another checkpoint.")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder}: must be a complete checkpoint, got one without {MANIFEST}. Give another folder.")
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        if all({"size", "sha256"} <= facts.keys() for facts in files.values()):
+            return dict(files)
+    except (ValueError, TypeError, KeyError, AttributeError):  # no JSON, or JSON of another form
+        pass
+    raise InputError(f"{path}: must list names, sizes and hashes, got something else. Give another checkpoint.")
 
 
 def step_of(folder: Path) -> int | None:
@@ -87,16 +103,49 @@ def step_of(folder: Path) -> int | None:
     return int(number) if prefix == "step" and number.isdigit() else None
 
 
+def checkpoint_folders(run_folder: Path) -> list[Path]:
+    """The folders of a run that have the name of a checkpoint, whole or not, oldest first."""
+    found = [path for path in (run_folder / "checkpoints").glob("step-*") if step_of(path) is not None]
+    return sorted(found, key=lambda path: step_of(path) or 0)
+
+
 def complete_checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoints of a run that have a manifest, oldest first."""
-    found = [path for path in (run_folder / "checkpoints").glob("step-*") if (path / MANIFEST).is_file()]
-    return sorted((path for path in found if step_of(path) is not None), key=lambda path: step_of(path) or 0)
+    return [path for path in checkpoint_folders(run_folder) if (path / MANIFEST).is_file()]
+
+
+def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was saved, and why newer ones are not; None where there is none."""
+    reasons: list[str] = []
+    for folder in reversed(checkpoint_folders(run_folder)):
+        try:
+            check_whole(folder)
+        except (InputError, OSError) as error:
+            reasons.append(str(error).split(". Give another", maxsplit=1)[0])
+            continue
+        if (folder / STATE).is_file():
+            return folder, reasons
+        reasons.append(f"{folder}: must hold {STATE}, got none")
+    return None, reasons
 
 
 def last_checkpoint(run_folder: str | Path) -> Path | None:
-    """The file that `Trainer.fit(ckpt_path=...)` takes to continue a run, None where there is nothing to continue."""
-    found = complete_checkpoints(Path(run_folder))
-    return found[-1] / "trainer_state" / "state.ckpt" if found else None
+    """The file that `Trainer.fit(ckpt_path=...)` takes to continue a run, None where there is nothing to continue.
+
+    Checkpoints that are not as they were saved are skipped, each with a line that says why.
+    """
+    folder, reasons = newest_whole(Path(run_folder))
+    for line in reasons:
+        say(f"skipped {line}")
+    return folder / STATE if folder is not None else None
+
+
+def advice(folder: Path) -> str:
+    """What to do after a failed write, and what there is to go on from."""
+    newest, _ = newest_whole(folder)
+    if newest is None:
+        return "There is no checkpoint yet. Make room or mend the folder, and start again."
+    return f"The last good checkpoint is {newest}. Make room or mend the folder, and continue with --ckpt_path last."
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -65,6 +65,7 @@ def _checkpoint_options(trainer: Trainer) -> dict[str, Any]:
         if isinstance(callback, RunCheckpoint):
             return {
                 "every_n_steps": callback.every_n_steps,
+                "every_n_epochs": callback.epochs_between,
                 "save_top_k": callback.keep,
                 "monitor": callback.watched,
                 "mode": callback.best_is,

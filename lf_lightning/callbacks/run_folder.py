@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, run_folder, step_of
+from lf_lightning.callbacks.folder import complete_checkpoints, put_back, remove_checkpoint, run_folder, step_of
 from lf_lightning.callbacks.recipe import recipe_of
 from lf_lightning.callbacks.run_log import CSV, JSONL, RESULTS, SAMPLES, cut_logs
 from lf_lightning.console import say
@@ -121,7 +121,8 @@ def _shown(dataset: str | dict[str, Any]) -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a kill has left unfinished."""
+    """Remove what a kill has left unfinished; a final folder that it has caught between two names comes back."""
+    put_back(folder / "final")
     for path in (*folder.glob(".*.tmp"), *folder.glob(".*.old"), *(folder / "checkpoints").glob(".*")):
         _remove(path)
     for path in (folder / "checkpoints").glob("step-*"):

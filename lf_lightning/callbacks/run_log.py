@@ -13,8 +13,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lf_lightning.callbacks.folder import run_folder
+from lf_lightning.callbacks.folder import advice, run_folder
 from lf_lightning.console import say
+from lf_lightning.types import TrainingStopped
 
 JSONL, CSV, RESULTS, SAMPLES = "trainer_log.jsonl", "metrics.csv", "all_results.json", "samples.jsonl"
 
@@ -104,10 +105,13 @@ class RunLog(Callback):
 
     def _write(self, trainer: Trainer, row: dict[str, Any], metrics: dict[str, float]) -> None:
         folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / JSONL).open("a") as handle:
-            handle.write(json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n")
-        _append_csv(folder / CSV, {"step": row["current_steps"], "epoch": row["epoch"], **metrics})
+        try:
+            with (folder / JSONL).open("a") as handle:
+                handle.write(json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n")
+            _append_csv(folder / CSV, {"step": row["current_steps"], "epoch": row["epoch"], **metrics})
+        except OSError as error:
+            where = f"{folder / JSONL}: cannot be written, got {error.strerror}"
+            raise TrainingStopped(f"{where}. {advice(folder)}") from error
 
 
 def _total_tokens(stage: Any) -> int:

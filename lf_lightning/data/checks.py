@@ -197,29 +197,6 @@ def _check_texts(source: Source) -> None:
         )
 
 
-ORDERING = {
-    "num_units": "data.datasets",
-    "group_size": "model.init_args.constants.group_size",
-    "num_epochs": "model.init_args.constants.num_epochs",
-}
-"""What the order follows from -> the option, where it has another name."""
-
-
-def check_same_order(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to continue in another order of units than the checkpoint's: its cursor would point elsewhere.
-
-    Raises:
-        InputError: Names the first difference.
-    """
-    for name, value in before.items():
-        if now.get(name) != value:
-            where = ORDERING.get(name, f"data.{name}")
-            what, got = "give as many units" if name == "num_units" else "be the same", now.get(name)
-            raise InputError(
-                f"{where}: must {what} as in the checkpoint, {value}, got {got}. Change it back, or start afresh."
-            )
-
-
 def given_backbone(backbone: BackboneSpec | None) -> BackboneSpec:
     """The backbone, which only the command line's parser may leave open for a moment.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lf_lightning.console import say
 from lf_lightning.data.batches import settled_layout, settled_sharing
-from lf_lightning.data.checks import JUDGING, ROLLING, check_options, check_same_order, given_backbone
+from lf_lightning.data.checks import JUDGING, ROLLING, check_options, given_backbone
 from lf_lightning.data.doors import DataDoors
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.layout import micro_batch_rules, plan_lines
 from lf_lightning.data.loader import EvalLoader, StepLoader
 from lf_lightning.data.prompt_sets import PromptSets
 from lf_lightning.data.reader import Names, Reader
+from lf_lightning.data.resume import DECIDING, check_continues, contents_of_prompts, contents_of_store
 from lf_lightning.data.rollouts import RolloutLoader
 from lf_lightning.data.sets import EncodedSets, Split
 from lf_lightning.lightning_private import global_seed
@@ -85,6 +86,8 @@ class DataModule(DataDoors):
         invalid_rows: A row that cannot be used: `stop` with its name, or `skip` it and count it.
         cache_dir: Where encoded data is kept between runs; empty keeps it in memory only.
         num_workers: Processes that encode; empty means this one.
+        accept_changes: Continue a checkpoint although data, template, seed or batch size are no longer its own; each
+            difference is said. The units that it has consumed are then counted in the new order.
     """
 
     _train_loader: StepLoader | RolloutLoader | None = None
@@ -123,6 +126,7 @@ class DataModule(DataDoors):
         invalid_rows: Literal["stop", "skip"] = "stop",
         cache_dir: str | None = "~/.cache/lf_lightning",
         num_workers: int | None = None,
+        accept_changes: bool = False,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
         super().__init__()
@@ -184,7 +188,9 @@ class DataModule(DataDoors):
         loader = self._train_loader = self._rollouts() if self.task in ROLLING else self._steps()
         cursor, self._cursor = self._cursor, None
         if cursor is not None:
-            check_same_order(cursor["order"], self._order(loader.num_units))
+            accepts, in_rollout = self.arguments["accept_changes"], bool(cursor.get("rollout_step"))
+            now = self._order(loader.num_units)
+            check_continues(cursor["order"], now, accepts=accepts, in_rollout=in_rollout)
             loader.load_state_dict(cursor)
         return loader
 
@@ -232,10 +238,20 @@ class DataModule(DataDoors):
         self._cursor = state_dict or None
 
     def _order(self, num_units: int) -> dict[str, Any]:
-        """What the order of the units follows from."""
-        names = ("shuffle", "max_length", "packing", "val_size")
+        """What the units and their order follow from; what names a difference best comes first."""
+        options = {name: self.arguments[name] for name in DECIDING}
         plan = self._rollout_plan._asdict() if self.task in ROLLING else {}
-        return {"seed": self.seed, **{name: self.arguments[name] for name in names}, **plan, "num_units": num_units}
+        if self.task in ROLLING:
+            prompts = self.prompts("train")
+            names, content = list(dict.fromkeys(prompt.source for prompt in prompts)), contents_of_prompts(prompts)
+        else:
+            names, content = list(self.sets["train"].store.names), self._content
+        facts = {"datasets": names, "num_units": num_units, "content": content}
+        return {"seed": self.seed, **options, **plan, **facts}
+
+    @cached_property
+    def _content(self) -> str:
+        return contents_of_store(self.sets["train"].store)
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
         """The validation set in micro-batches, with ppo and grpo its prompts; nothing where there is none."""

@@ -63,7 +63,7 @@ def save_unnamed_weights(backbone: Backbone, folder: Path) -> None:
     if backbone.is_adapter:
         return
     names = set(tensor_files(folder))
-    aliases = _tied_names(backbone)
+    aliases = tied_names(backbone)
     missing = {
         name: parameter.detach().contiguous()
         for name, parameter in backbone.causal_lm.named_parameters()
@@ -93,7 +93,7 @@ def load_weights(backbone: Backbone, folder: Path) -> None:
 def _load_model(backbone: Backbone, folder: Path) -> None:
     own = folder / "trainer_state" / TRAINABLE
     tensors = load_file(own) if own.is_file() else {}
-    files, aliases = tensor_files(folder), _tied_names(backbone)
+    files, aliases = tensor_files(folder), tied_names(backbone)
     for name, parameter in backbone.causal_lm.named_parameters():
         stored = next((alias for alias in (name, *sorted(aliases.get(name, ()))) if alias in files), None)
         if name not in tensors and stored is not None:
@@ -144,7 +144,7 @@ def _load_adapter(backbone: Backbone, folder: Path) -> None:
         raise InputError(f"{path}: does not fit this model's adapter, first at {culprit}. Use the run's own tuning.")
 
 
-def _tied_names(backbone: Backbone) -> dict[str, set[str]]:
+def tied_names(backbone: Backbone) -> dict[str, set[str]]:
     """Every name of a parameter that has several, with all its names."""
     names: dict[int, set[str]] = {}
     by_name = dict(backbone.causal_lm.named_parameters(remove_duplicate=False))

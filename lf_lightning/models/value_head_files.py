@@ -60,7 +60,7 @@ def load_value_head(head: ValueHead, folder: Path) -> None:
     Raises:
         InputError: The folder holds no head, or one that does not fit.
     """
-    path, tensors = _read_head(folder)
+    path, tensors = read_head(folder)
     layer = head.summary
     if WEIGHT not in tensors or set(tensors) - {WEIGHT, BIAS}:
         raise InputError(f"{path}: must hold {WEIGHT} and {BIAS}, got {sorted(tensors)}. Give another file.")
@@ -81,8 +81,12 @@ def load_value_head(head: ValueHead, folder: Path) -> None:
         layer.bias.copy_(bias)
 
 
-def _read_head(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file with the head, and its tensors by LlamaFactory's names."""
+def read_head(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file with the head, and its tensors by LlamaFactory's names.
+
+    Raises:
+        InputError: There is none, or it cannot be read.
+    """
     files = _files_of_head(folder)
     if not files:
         raise InputError(

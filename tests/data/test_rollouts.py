@@ -300,7 +300,7 @@ def test_a_rollout_in_progress_is_said(tmp_path: Path):
         ({}, {"rollout_epochs": 3}, r"model\.init_args\.constants\.num_epochs: must be the same"),
         ({"global_batch_size": 3}, {}, r"data\.global_batch_size: must be the same"),
         ({"seed": 6}, {}, r"data\.seed: must be the same"),
-        ({"max_samples": 9}, {}, r"data\.datasets: must give as many units"),
+        ({"max_samples": 9}, {}, r"data\.max_samples: must be the same as in the checkpoint, null, got 9"),
     ],
 )
 def test_a_cursor_of_another_order_is_refused(
