@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.cli.runs import ROWS, config, lightning, losses, weights
+from tests.cli.runs import ROWS, config, lightning, losses, steps, weights, write
 
 NEWEST = "checkpoints/step-00000004"
 
@@ -118,3 +121,37 @@ def test_other_data_than_the_checkpoints_is_refused_and_may_be_accepted(
     state = torch.load(run / "checkpoints/step-00000004/trainer_state/state.ckpt", weights_only=True)
     assert state["global_step"] == 4
     assert len(losses(run)) == 5
+
+
+FULL_DISK = """
+import resource
+from lightning.pytorch import Callback
+
+
+class FullDisk(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 4 and trainer.is_global_zero:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+"""
+
+
+def test_where_one_rank_cannot_write_both_stop_with_its_line(here: Path, root: Path):
+    (here / "full_disk.py").write_text(FULL_DISK)
+    changes = {"trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": 6}
+    settings = config("run", trainer__callbacks=[{"class_path": "full_disk.FullDisk"}], **changes)
+    command = [sys.executable, "-m", "lf_lightning", "fit", "--config", write(here, settings)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("lf-lightning: error: ")]
+    want = "lf-lightning: error: run/checkpoints/step-00000004: cannot be saved, got "
+    assert len(lines) == 2
+    assert all(line.startswith(want) and "run/checkpoints/step-00000002" in line for line in lines)
+    assert steps(here / "run") == ["step-00000002"]
+
+
+def test_an_epoch_may_be_the_interval(here: Path):
+    by_epoch = {"checkpoint__every_n_steps": None, "checkpoint__every_n_epochs": 2}
+    assert lightning("fit", here, config("run", trainer__max_steps=8, **by_epoch)) == 0  # three steps an epoch
+    assert steps(here / "run") == ["step-00000006"]
