@@ -5,13 +5,40 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+    from lightning.pytorch import Trainer
 
 
 def global_seed() -> int:
     """The value of the last `seed_everything`, 0 before any; lightning 2.6 keeps it in PL_GLOBAL_SEED only."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def silence_lightnings_signals(trainer: Trainer) -> None:
+    """Leave signals to others: no handlers of lightning 2.6 are set, no step asks all ranks, nothing is requeued.
+
+    Its handler of SIGTERM broadcasts from wherever a rank happens to be, which hangs where all ranks get the signal; on
+    several ranks it asks for the flag before every batch; under SLURM its handler of SIGUSR1 saves just as suddenly.
+    Call it once the trainer has its strategy, before it runs.
+    """
+    trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
+
+
+def _nothing() -> None:
+    """Stands where Lightning would act."""
+
+
+def send_step_to_loggers(trainer: Trainer) -> None:
+    """Give loggers what the step has logged; lightning 2.6 does it only after `on_train_batch_end`, if none raises."""
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
 
 
 def parser_schema(parser: ArgumentParser) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from lf_lightning.callbacks.progress import PlainProgress
 from lf_lightning.callbacks.run_folder import RunFolder
 from lf_lightning.callbacks.run_log import RunLog
 from lf_lightning.callbacks.samples import WriteSamples
+from lf_lightning.callbacks.signals import GracefulStop, Interrupted
 from lf_lightning.callbacks.value_head import FixValueHeadModelCallback
 
 __all__ = [
     "AnswersTable",
     "FixValueHeadModelCallback",
+    "GracefulStop",
+    "Interrupted",
     "PlainProgress",
     "PlotLoss",
     "RunCheckpoint",
@@ -33,4 +36,5 @@ __all__ = [
 def default_callbacks() -> list[Callback]:
     """What every run has, with its defaults; the order matters: logs before plots, the model card last."""
     saves = [SaveProcessorCallback(), FixValueHeadModelCallback(), RunFolder()]
-    return [*saves, RunLog(), PlotLoss(), WritePredictions(), WriteSamples(), RunCheckpoint()]
+    watches = [GracefulStop()]
+    return [*saves, RunLog(), PlotLoss(), WritePredictions(), WriteSamples(), *watches, RunCheckpoint()]

@@ -48,6 +48,8 @@ class RunCheckpoint(ModelCheckpoint):
         self.every_n_steps, self.keep, self.watched, self.best_is = every_n_steps, save_top_k, monitor, mode
         self.values: dict[int, float] = {}
         """Step of a checkpoint -> value of `monitor` there."""
+        self.saved: dict[int, Path] = {}
+        """The step that this run has saved last -> the folder; empty before."""
         self._step_of_final: int | None = None
 
     # ------------------------------------------------------------------ when
@@ -116,6 +118,7 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(folder / "trainer_state" / "state.ckpt")
             trainer.strategy.barrier()
         trainer.strategy.barrier()
+        self.saved = {trainer.global_step: target}
         self._prune(trainer)
         return target
 
