@@ -73,7 +73,8 @@ def run(entry: str, arguments: list[str]) -> int:
 
         if not isinstance(error, InputError | TrainingStopped):
             raise
-        return report(str(error), code=BAD_INPUT if isinstance(error, InputError) else STOPPED)
+        notes: list[str] = getattr(error, "__notes__", [])  # Python makes the attribute with the first note
+        return report(" ".join([str(error), *notes]), code=BAD_INPUT if isinstance(error, InputError) else STOPPED)
 
 
 class Ended(SystemExit):

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lf_lightning.callbacks import Interrupted, PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
 from lf_lightning.callbacks.folder import check_whole, complete_checkpoints
 from lf_lightning.callbacks.run_folder import make_writable, refuse_mixing
+from lf_lightning.callbacks.secrets import check_no_login
 from lf_lightning.callbacks.signals import end_started_ranks
 from lf_lightning.console import quiet_libraries, say
 from lf_lightning.data.datamodule import DataModule
@@ -241,6 +242,7 @@ def check_config(config: Namespace) -> None:
         InputError: Names the option to use instead.
     """
     trainer = config.trainer
+    check_no_login(config.as_dict())
     if config.model.init_args.backbone is None:
         raise InputError("model.init_args.backbone: must name a model, got null. Set model.init_args.backbone.path.")
     if trainer.accumulate_grad_batches != 1:

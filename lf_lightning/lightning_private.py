@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]  # a re-export
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

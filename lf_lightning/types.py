@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -162,10 +162,18 @@ class RolloutBatch(NamedTuple):
 MicroBatch = TokenBatch | PreferenceBatch | FeedbackBatch | RolloutBatch
 
 
+class UnitId(NamedTuple):
+    """A row of the data, as a person looks it up."""
+
+    dataset: str
+    row: int  # 1-based
+
+
 class StepBatch(NamedTuple):
     """One optimizer step on one rank: its micro-batches, at least one. In validation it holds exactly one."""
 
     micro_batches: tuple[Any, ...]  # of one kind, as the task wants
+    rows: Callable[[], tuple[UnitId, ...]] = tuple  # the rows of its units, looked up when they are asked for
 
 
 class LossSums(NamedTuple):

@@ -4,6 +4,7 @@ from lightning.pytorch import Callback
 
 from lf_lightning.callbacks.answers import AnswersTable
 from lf_lightning.callbacks.checkpoint import RunCheckpoint
+from lf_lightning.callbacks.debug_bundle import DebugBundle
 from lf_lightning.callbacks.folder import last_checkpoint
 from lf_lightning.callbacks.plots import PlotLoss
 from lf_lightning.callbacks.predictions import WritePredictions
@@ -17,6 +18,7 @@ from lf_lightning.callbacks.value_head import FixValueHeadModelCallback
 
 __all__ = [
     "AnswersTable",
+    "DebugBundle",
     "FixValueHeadModelCallback",
     "GracefulStop",
     "Interrupted",
@@ -36,5 +38,5 @@ __all__ = [
 def default_callbacks() -> list[Callback]:
     """What every run has, with its defaults; the order matters: logs before plots, the model card last."""
     saves = [SaveProcessorCallback(), FixValueHeadModelCallback(), RunFolder()]
-    watches = [GracefulStop()]
+    watches = [DebugBundle(), GracefulStop()]
     return [*saves, RunLog(), PlotLoss(), WritePredictions(), WriteSamples(), *watches, RunCheckpoint()]

@@ -15,7 +15,7 @@ from lf_lightning.data.layout import micro_batch_rules, plan_lines
 from lf_lightning.data.loader import EvalLoader, StepLoader
 from lf_lightning.data.prompt_sets import PromptSets
 from lf_lightning.data.reader import Names, Reader
-from lf_lightning.data.rollouts import RolloutLoader
+from lf_lightning.data.rollouts import RolloutLoader, prompt_rows_of
 from lf_lightning.data.sets import EncodedSets, Split
 from lf_lightning.lightning_private import global_seed
 from lf_lightning.types import (
@@ -24,6 +24,7 @@ from lf_lightning.types import (
     Isolation,
     Layout,
     Task,
+    UnitId,
 )
 
 if TYPE_CHECKING:
@@ -217,6 +218,10 @@ class DataModule(DataDoors):
     def rollout_in_progress(self) -> bool:
         """Whether steps of a begun rollout are left."""
         return isinstance(self._train_loader, RolloutLoader) and self._train_loader.in_rollout
+
+    def rows_asked(self) -> tuple[UnitId, ...]:
+        """The rows whose prompts are being answered, or were last; none but with ppo and grpo."""
+        return prompt_rows_of(self._train_loader.asked) if isinstance(self._train_loader, RolloutLoader) else ()
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor of the training loader: how many units of which epoch are consumed, in which order."""
