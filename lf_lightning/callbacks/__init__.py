@@ -13,17 +13,22 @@ from lf_lightning.callbacks.progress import PlainProgress
 from lf_lightning.callbacks.run_folder import RunFolder
 from lf_lightning.callbacks.run_log import RunLog
 from lf_lightning.callbacks.samples import WriteSamples
+from lf_lightning.callbacks.sentinels import ChangedWeights, GradientReach, LaggingRank, Quarantine
 from lf_lightning.callbacks.signals import GracefulStop, Interrupted
 from lf_lightning.callbacks.value_head import FixValueHeadModelCallback
 
 __all__ = [
     "AnswersTable",
+    "ChangedWeights",
     "DebugBundle",
     "FixValueHeadModelCallback",
     "GracefulStop",
+    "GradientReach",
     "Interrupted",
+    "LaggingRank",
     "PlainProgress",
     "PlotLoss",
+    "Quarantine",
     "RunCheckpoint",
     "RunFolder",
     "RunLog",
@@ -38,5 +43,5 @@ __all__ = [
 def default_callbacks() -> list[Callback]:
     """What every run has, with its defaults; the order matters: logs before plots, the model card last."""
     saves = [SaveProcessorCallback(), FixValueHeadModelCallback(), RunFolder()]
-    watches = [DebugBundle(), GracefulStop()]
+    watches = [Quarantine(), GradientReach(), LaggingRank(), DebugBundle(), GracefulStop()]
     return [*saves, RunLog(), PlotLoss(), WritePredictions(), WriteSamples(), *watches, RunCheckpoint()]

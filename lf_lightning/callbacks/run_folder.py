@@ -14,10 +14,11 @@ from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoin
 from lf_lightning.callbacks.recipe import recipe_of
 from lf_lightning.callbacks.run_log import CSV, JSONL, RESULTS, SAMPLES, cut_logs
 from lf_lightning.callbacks.secrets import without_secrets
+from lf_lightning.callbacks.sentinels import QUARANTINE
 from lf_lightning.console import say
 from lf_lightning.types import InputError
 
-OF_A_RUN = ("config.yaml", JSONL, CSV, RESULTS, SAMPLES, "final", "generated_predictions.jsonl", "debug")
+OF_A_RUN = ("config.yaml", JSONL, CSV, RESULTS, SAMPLES, "final", "generated_predictions.jsonl", "debug", QUARANTINE)
 
 
 class RunFolder(Callback):

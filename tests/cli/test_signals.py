@@ -62,12 +62,24 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
     return [int(pid) for pid in path.read_text().split()]
 
 
-def gone(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    try:
-        return "State:\tZ" in status.read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+def has_begun(pid: int) -> bool:
+    """Whether a process is on its way: it has loaded torch."""
+    with suppress(OSError):
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    return False
+
+
+def is_gone(pid: int) -> bool:
+    with suppress(OSError):
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    return True
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not is_gone(pid):
+        assert time.monotonic() < deadline, "the second rank lives on"
+        time.sleep(0.05)
 
 
 def last_step(here: Path) -> int:
@@ -116,10 +128,7 @@ def test_of_two_ranks_all_end_when_any_gets_a_signal(
         else:
             os.kill(process.pid if receiver == "first" else other, number)
         assert process.wait(PATIENCE) == code
-        wait_for_end = time.monotonic() + PATIENCE
-        while not gone(other):
-            assert time.monotonic() < wait_for_end, "the second rank lives on"
-            time.sleep(0.05)
+        wait_until_gone(other)
     assert last_step(here) == len(losses(here / "run"))
     assert len([line for line in said(here) if "interrupted" in line]) == 1
 
@@ -146,18 +155,18 @@ def test_a_signal_in_the_midst_of_a_rollout_waits_for_the_step_on_it(here: Path)
 
 def test_before_training_a_signal_ends_the_run_with_one_line(here: Path, root: Path):
     with fit(here, root, config(**LONG, **TWO)) as process:
-        wait_for(lambda: len(children(process)) == 1, process)
+        wait_for(lambda: any(map(has_begun, children(process))), process)
         (other,) = children(process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 143
-        assert gone(other)
+        wait_until_gone(other)
     assert said(here) == ["lf-lightning: ended by SIGTERM"]
 
 
 @pytest.mark.slow
 def test_before_training_ctrl_c_ends_the_run_with_one_line(here: Path, root: Path):
     with fit(here, root, config(**LONG, **TWO)) as process:
-        wait_for(lambda: len(children(process)) == 1, process)
+        wait_for(lambda: any(map(has_begun, children(process))), process)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(PATIENCE) == 130
     assert said(here) == ["lf-lightning: interrupted"]
