@@ -24,9 +24,9 @@ NAMES_IN_A_LINE = 5
 
 
 class Quarantine(Callback):
-    """Name the rows of a step whose loss or gradient was not finite in quarantine.jsonl, whether it ends the run or not.
+    """Name the rows of a step whose loss or gradient was not finite, whether it ended the run or was skipped.
 
-    Each rank writes a line of its own: step, rank, what was found, rows. An overflow that a GradScaler skips is none.
+    Each rank writes a line of quarantine.jsonl: step, rank, what was found, rows. What a GradScaler skips is not there.
     """
 
     def __init__(self) -> None:

@@ -54,6 +54,7 @@ class DataModule(DataDoors):
         test_datasets: What `test` measures.
         predict_datasets: What `predict` answers, or scores with rm; empty means the validation rows.
         dataset_dir: Folder of dataset_info.json and of the files it names.
+        allow_outside: Whether dataset_info.json may name files outside of its folder, also through symbolic links.
         template: `auto` for the tokenizer's own chat template, or the name of one: default, empty, chatml, qwen,
             llama3, alpaca.
         max_length: Most tokens of a sequence or of a pack, > 1; longer rows are cut.
@@ -101,6 +102,7 @@ class DataModule(DataDoors):
         test_datasets: Sequence[str | dict[str, Any]] = (),
         predict_datasets: Sequence[str | dict[str, Any]] = (),
         dataset_dir: str = "data",
+        allow_outside: bool = False,
         template: str = "auto",
         max_length: int = 2048,
         max_samples: int | None = None,
