@@ -96,7 +96,8 @@ def ending_signals() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (*ENDING, signal.SIGINT)}
     try:
         for number in ENDING:
-            signal.signal(number, end)
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, end)
         yield
     finally:
         for number, handler in before.items():

@@ -27,14 +27,18 @@ class Quarantine(Callback):
     """Name the rows of a step whose loss or gradient was not finite, whether it ended the run or was skipped.
 
     Each rank writes a line of quarantine.jsonl: step, rank, what was found, rows. What a GradScaler skips is not there.
+
+    Args:
+        enabled: Whether it is kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, enabled: bool = True) -> None:
+        self.enabled = enabled
         self._batch: StepBatch | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the step is made of."""
-        self._batch = batch if isinstance(batch, StepBatch) else None
+        self._batch = batch if self.enabled and isinstance(batch, StepBatch) else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,11 +70,12 @@ class GradientReach(Callback):
     """Name the trained parameters that no gradient has reached in the first steps: they do not learn.
 
     Args:
-        num_steps: Steps to wait, > 0. A LoRA needs two: the first leaves one of its two matrices without gradient.
+        num_steps: Steps to wait, > 0; empty does not look. A LoRA needs two: the first leaves one of its two matrices
+            without gradient.
     """
 
-    def __init__(self, num_steps: int = 10) -> None:
-        if num_steps < 1:
+    def __init__(self, num_steps: int | None = 10) -> None:
+        if num_steps is not None and num_steps < 1:
             raise InputError(f"GradientReach.num_steps: must be at least 1, got {num_steps}. Try 10.")
         self.num_steps = num_steps
         self._waiting: dict[str, nn.Parameter] = {}
@@ -80,7 +85,8 @@ class GradientReach(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with all of them; not under DeepSpeed, which keeps gradients to itself."""
         trained = {name: each for name, each in pl_module.named_parameters() if each.requires_grad}
-        self._waiting = {} if isinstance(trainer.strategy, DeepSpeedStrategy) else trained
+        looks = self.num_steps is not None and not isinstance(trainer.strategy, DeepSpeedStrategy)
+        self._waiting = trained if looks else {}
         self._witness, self._seen = None, 0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -179,12 +185,12 @@ class LaggingRank(Callback):
     the last backward; from there on they wait for each other.
 
     Args:
-        ratio: How much slower than the median of the ranks is too slow, > 1.
+        ratio: How much slower than the median of the ranks is too slow, > 1; empty does not look.
         intervals: Logging intervals in a row before a line is printed, > 0.
     """
 
-    def __init__(self, ratio: float = 1.5, intervals: int = 3) -> None:
-        if not ratio > 1:
+    def __init__(self, ratio: float | None = 1.5, intervals: int = 3) -> None:
+        if ratio is not None and not ratio > 1:
             raise InputError(f"LaggingRank.ratio: must be above 1, got {ratio}. Try 1.5.")
         if intervals < 1:
             raise InputError(f"LaggingRank.intervals: must be at least 1, got {intervals}. Try 3.")
@@ -202,7 +208,7 @@ class LaggingRank(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward is done; on a step that is timed, wait until the device has done it too."""
-        if trainer.world_size > 1 and log_is_due(trainer, ahead=1):
+        if self.ratio is not None and trainer.world_size > 1 and log_is_due(trainer, ahead=1):
             if loss.device.type == "cuda":
                 torch.cuda.synchronize(loss.device)
             self._computed = time.perf_counter()
@@ -225,6 +231,7 @@ class LaggingRank(Callback):
                 holds a wait for the rank whose batch came last, which is taken out.
             step: Where training is.
         """
+        assert self.ratio is not None, "nothing is timed without"
         latest = max(fetching for fetching, _ in times)
         own = [fetching + max(computing - (latest - fetching), 0.0) for fetching, computing in times]
         middle = median(own)

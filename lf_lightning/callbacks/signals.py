@@ -50,7 +50,10 @@ class GracefulStop(Callback):
         """Listen, from the first step on. Before it a signal ends the process, as there is nothing to save."""
         self._received, self._loops, self._trainer = 0, None, trainer
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = (
+                number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+            )  # `... &` of a shell
+            self._before = {number: signal.signal(number, self._note) for number in heard}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -110,7 +110,7 @@ def _named_source(name: str, info: dict[str, Any], folder: Path, *, allow_outsid
     _check_keys(entry, ENTRY_KEYS, where_entry)
     file_name = _text_value(entry, "file_name", where_entry)
     if not allow_outside:
-        check_inside(folder / file_name, folder, where_entry)
+        check_inside(file_name, folder, where_entry)
     return _source(name, folder / file_name, entry, where_entry)
 
 

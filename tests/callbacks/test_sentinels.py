@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
-from lf_lightning.callbacks import ChangedWeights, GradientReach, LaggingRank
+from lf_lightning.callbacks import ChangedWeights, GradientReach, LaggingRank, Quarantine
 from lf_lightning.types import InputError, TrainingStopped
 from tests.callbacks.python_run import fit
 from tests.cli.runs import losses
@@ -60,6 +60,12 @@ def test_the_rows_of_a_step_that_is_not_finite_are_quarantined(what: str, policy
     assert line["found"].startswith(f"{what}: ")
     assert [(row["dataset"], row["row"]) for row in line["rows"]] == list(breaks.rows)
     assert len(breaks.rows) == 4
+
+
+def test_what_is_switched_off_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    fit(tmp_path, Apart(), Breaks("loss"), Quarantine(enabled=False), GradientReach(num_steps=None), non_finite="skip")
+    assert quarantined(tmp_path) == []
+    assert "got no gradient" not in capsys.readouterr().err
 
 
 def test_a_run_of_finite_steps_leaves_no_quarantine(tmp_path: Path):

@@ -114,6 +114,15 @@ def test_a_signal_while_the_final_folder_is_written_lets_the_run_finish(tmp_path
     assert (tmp_path / "run" / "final" / "manifest.json").is_file()
 
 
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        fit(tmp_path, Sends("on_train_batch_start", 1, signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "run" / "final").is_dir()
+
+
 def test_the_loggers_get_the_step_that_a_signal_ends(tmp_path: Path):
     logger = CSVLogger(tmp_path, name="log", version="0")
     assert interrupted(tmp_path, Sends("on_train_batch_start", 2, signal.SIGTERM), logger=logger) == 143
