@@ -87,8 +87,9 @@ class DebugBundle(Callback):
         """The rows of this rank's batch; between two steps those of the rollout that is being made."""
         if self._rows is not None:
             return self._rows()
+        # loaders of the user's own have no such method
         asked: Callable[[], tuple[UnitId, ...]] = getattr(vars(trainer)["datamodule"], "rows_asked", tuple)
-        return asked()  # loaders of the user's own have no such method
+        return asked()
 
 
 def _names(batch: Any) -> Callable[[], tuple[UnitId, ...]]:

@@ -132,8 +132,7 @@ class DataModule(DataDoors):
         check_options(task, **arguments)
         self.arguments, self.stored_reference = arguments, {}
         self.backbone, self.task, self.global_batch_size = given_backbone(backbone), task, global_batch_size
-        self.rule, self.eval_rule = micro_batch_rules(arguments)
-        self.seed = global_seed() if seed is None else seed
+        (self.rule, self.eval_rule), self.seed = micro_batch_rules(arguments), global_seed() if seed is None else seed
         self.options = EncodeOptions(task, max_length, packing, train_on_prompt, mask_history, history)
         self.reader = Reader(self.backbone, self.options, arguments)
         kind = PromptSets if task in ROLLING else EncodedSets
