@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pkgutil import resolve_name
 
@@ -23,6 +26,8 @@ COMMANDS = {
 STOPPED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+ENDING = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that end a command at once with 128 + their number; training itself answers them after its step."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 2 where the input was wrong, 1 where training could not go on (one line on stderr says why), 130
-        after Ctrl-C, else the command's.
+        after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1, else the command's.
     """
     arguments = sys.argv[1:] if argv is None else argv
     first = arguments[0] if arguments else ""
@@ -53,20 +58,57 @@ def run(entry: str, arguments: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that a config may name classes of the user's own modules
     try:
-        command: Callable[[list[str]], int | None] = resolve_name(entry)
-        return command(arguments) or 0
+        with ending_signals():
+            command: Callable[[list[str]], int | None] = resolve_name(entry)
+            return command(arguments) or 0
     except BrokenPipeError:  # the reader has gone, as in `lf-lightning fit --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Ended as ended:
+        return told(f"ended by {signal.Signals(ended.code - 128).name}", code=ended.code)
     except KeyboardInterrupt:
-        print("lf-lightning: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return told("interrupted", code=INTERRUPTED)
     except (ValueError, RuntimeError) as error:
         from lf_lightning.types import InputError, TrainingStopped  # here: it brings torch, which the front must not
 
         if not isinstance(error, InputError | TrainingStopped):
             raise
-        return report(str(error), code=BAD_INPUT if isinstance(error, InputError) else STOPPED)
+        notes: list[str] = getattr(error, "__notes__", [])  # Python makes the attribute with the first note
+        return report(" ".join([str(error), *notes]), code=BAD_INPUT if isinstance(error, InputError) else STOPPED)
+
+
+class Ended(SystemExit):
+    """A signal ended the command; `code` is 128 + its number."""
+
+    code: int
+
+
+@contextmanager
+def ending_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 raise `Ended`, and leave handlers as they were, that of Ctrl-C too."""
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to no other
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise Ended(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (*ENDING, signal.SIGINT)}
+    try:
+        for number in ENDING:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def told(message: str, *, code: int) -> int:
+    """Print what ended the command, once and not on every rank, and return the exit code."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the launcher says there which rank of this machine this is
+        print("lf-lightning:", message, file=sys.stderr)
+    return code
 
 
 def report(message: str, *, code: int = BAD_INPUT) -> int:

@@ -16,9 +16,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lf_lightning.callbacks import PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
+from lf_lightning.callbacks import Interrupted, PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
 from lf_lightning.callbacks.folder import check_whole, complete_checkpoints
 from lf_lightning.callbacks.run_folder import make_writable, refuse_mixing
+from lf_lightning.callbacks.secrets import check_no_login
+from lf_lightning.callbacks.signals import end_started_ranks
 from lf_lightning.console import quiet_libraries, say
 from lf_lightning.data.datamodule import DataModule
 from lf_lightning.models import GenerationEngine, Tuning
@@ -42,7 +44,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 DESCRIPTION = "Options as flags, which beat the file. In the YAML those of a class lie below its init_args."
 
-INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells count
 DEFAULT_EPOCHS = 3
 """Epochs of a run whose configuration says no end."""
 
@@ -137,12 +138,13 @@ def fit(argv: list[str]) -> int:
     make_writable(folder)
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
-    except SystemExit:  # Lightning's answer to a signal
-        if not (cli.trainer.interrupted or cli.trainer.received_sigterm):
-            raise
-    if cli.trainer.interrupted or cli.trainer.received_sigterm:
-        say(f"interrupted after step {cli.trainer.global_step}: continue with --ckpt_path last")
-        return TERMINATED if cli.trainer.received_sigterm else INTERRUPTED
+    except Interrupted as interrupted:
+        return interrupted.code
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C before the first step
+            raise KeyboardInterrupt from None
+        end_started_ranks(cli.trainer)
+        raise
     return 0
 
 
@@ -240,6 +242,7 @@ def check_config(config: Namespace) -> None:
         InputError: Names the option to use instead.
     """
     trainer = config.trainer
+    check_no_login(config.as_dict())
     if config.model.init_args.backbone is None:
         raise InputError("model.init_args.backbone: must name a model, got null. Set model.init_args.backbone.path.")
     if trainer.accumulate_grad_batches != 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]  # a re-export
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer
@@ -23,6 +25,41 @@ def validation_follows(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     fetcher, epoch = loop._data_fetcher, loop.epoch_loop
     return fetcher is not None and not epoch.val_loop.skip and bool(epoch._should_check_val_fx(fetcher))
+
+
+def validate_now(trainer: Trainer) -> None:
+    """Run the validation that belongs after the step just restored, before the next step.
+
+    lightning 2.6 leaves a validation out on a resume where the checkpoint was written before it was over.
+    """
+    connector = trainer._logger_connector
+    is_first, trainer.validating = connector._first_loop_iter, True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training, connector._first_loop_iter = True, is_first
+
+
+def silence_lightnings_signals(trainer: Trainer) -> None:
+    """Leave signals to others: no handlers of lightning 2.6 are set, no step asks all ranks, nothing is requeued.
+
+    Its handler of SIGTERM broadcasts from wherever a rank happens to be, which hangs where all ranks get the signal; on
+    several ranks it asks for the flag before every batch; under SLURM its handler of SIGUSR1 saves just as suddenly.
+    Call it once the trainer has its strategy, before it runs.
+    """
+    trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
+
+
+def _nothing() -> None:
+    """Stands where Lightning would act."""
+
+
+def send_step_to_loggers(trainer: Trainer) -> None:
+    """Give loggers what the step has logged; lightning 2.6 does it only after `on_train_batch_end`, if none raises."""
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
 
 
 def parser_schema(parser: ArgumentParser) -> dict[str, Any]:

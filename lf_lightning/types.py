@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -145,8 +145,7 @@ class RolloutBatch(NamedTuple):
 
     tokens: TokenBatch  # sequence i is the response of unit i
     rows: Tensor  # (U,) int64: place of each response in its rollout
-    places: Tensor  # (B, T) int64: place of the token to predict among all tokens of the rollout's responses, laid end
-    # to end in the order of their rows; -1 where nothing counts
+    places: Tensor  # (B, T) int64: place of the token to predict in the rollout's responses laid end to end; -1: none
 
     @property
     def num_units(self) -> int:
@@ -162,10 +161,18 @@ class RolloutBatch(NamedTuple):
 MicroBatch = TokenBatch | PreferenceBatch | FeedbackBatch | RolloutBatch
 
 
+class UnitId(NamedTuple):
+    """A row of the data, as a person looks it up."""
+
+    dataset: str
+    row: int  # 1-based
+
+
 class StepBatch(NamedTuple):
     """One optimizer step on one rank: its micro-batches, at least one. In validation it holds exactly one."""
 
     micro_batches: tuple[Any, ...]  # of one kind, as the task wants
+    rows: Callable[[], tuple[UnitId, ...]] = tuple  # the rows of its units, looked up when they are asked for
 
 
 class LossSums(NamedTuple):
@@ -266,9 +273,8 @@ class BackboneSpec:
         dtype: Type of the frozen weights. Trainable weights are always float32; `auto` is the type in the folder.
         attention: Attention kernel: `auto` takes transformers' choice (sdpa where the model has it).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        architecture: Configuration of a model built from scratch, for example
-            `{model_type: llama, hidden_size: 128, num_hidden_layers: 2, ...}`. The vocabulary size is the tokenizer's
-            unless given.
+        architecture: Configuration of a model built from scratch, for example `{model_type: llama, hidden_size: 128,
+            num_hidden_layers: 2, ...}`. The vocabulary size is the tokenizer's unless given.
         tokenizer: Folder or hub name of the tokenizer, or `bytes` for one token per byte of UTF-8. Empty: `path`.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run model code that comes with the folder. Off unless you trust its author.

@@ -1,15 +1,25 @@
 """Each private name that we touch still means what we take it to mean."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 
-from lf_lightning.lightning_private import global_seed, parser_schema, validation_follows
+from lf_lightning.lightning_private import (
+    global_seed,
+    parser_schema,
+    send_step_to_loggers,
+    silence_lightnings_signals,
+    validation_follows,
+)
 from tests.callbacks.python_run import fit
 
 
@@ -93,3 +103,79 @@ def test_the_schema_of_a_parser_knows_types_choices_classes_and_meanings():
     assert by_name["Apple"]["properties"]["class_path"]["enum"] == [f"{__name__}.Apple", "Apple"]
     weight = by_name["Apple"]["properties"]["init_args"]["properties"]["weight"]
     assert weight == {"type": "integer", "description": "In grams, > 0.", "default": 100}
+
+
+class Handlers(Callback):
+    """Remember who answers SIGTERM and SIGUSR1 in the midst of training."""
+
+    def __init__(self, *, silenced: bool) -> None:
+        self.silenced = silenced
+
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if self.silenced:
+            silence_lightnings_signals(trainer)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.seen = {signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)}
+
+
+@pytest.mark.parametrize(("silenced", "num_answering"), [(False, 2), (True, 0)])
+def test_silenced_lightning_answers_no_signal_and_requeues_nothing(
+    silenced: bool, num_answering: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in {"NTASKS": "1", "JOB_NAME": "run", "JOB_ID": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    before, handlers = signal.getsignal(signal.SIGTERM), Handlers(silenced=silenced)
+    slurm = SLURMEnvironment()
+    trainer = bare_trainer(tmp_path, handlers, plugins=[slurm])
+    trainer.fit(BoringModel())
+    assert slurm.auto_requeue is not silenced
+    assert len(handlers.seen - {signal.SIG_DFL}) == num_answering
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_silenced_lightning_asks_no_rank_for_a_signal(tmp_path: Path):
+    trainer = bare_trainer(tmp_path)
+    asks = type(trainer.fit_loop.epoch_loop)._broadcast_sigterm_tensor
+    assert callable(asks), "what is taken away must be what Lightning calls"
+    silence_lightnings_signals(trainer)
+    assert trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor() is None  # Lightning's own needs a process group
+
+
+class Leaves(Callback):
+    """End the run in the step's own hook, with its metrics sent or not."""
+
+    def __init__(self, *, sends: bool) -> None:
+        self.sends = sends
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.sends:
+            send_step_to_loggers(trainer)
+        raise SystemExit(3)
+
+
+class Logging(BoringModel):
+    """Logs its loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("loss", 1.5)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("sends", "rows"), [(False, []), (True, ["epoch,loss,step", "0,1.5,0"])])
+def test_a_step_that_was_sent_reaches_the_loggers(sends: bool, rows: list[str], tmp_path: Path):
+    logger = CSVLogger(tmp_path, name="log", version="0")
+    trainer = bare_trainer(tmp_path, Leaves(sends=sends), logger=logger, log_every_n_steps=1)
+    with pytest.raises(SystemExit):
+        trainer.fit(Logging())
+    logger.save()
+    path = tmp_path / "log" / "0" / "metrics.csv"
+    assert (path.read_text().splitlines() if path.is_file() else []) == rows
+
+
+def bare_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    """One step of Lightning's own model, and nothing around it."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "limit_val_batches": 0}
+    where = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "max_steps": 1}
+    return Trainer(callbacks=list(callbacks), **{**where, **quiet, **options})

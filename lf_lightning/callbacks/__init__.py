@@ -4,6 +4,7 @@ from lightning.pytorch import Callback
 
 from lf_lightning.callbacks.answers import AnswersTable
 from lf_lightning.callbacks.checkpoint import RunCheckpoint
+from lf_lightning.callbacks.debug_bundle import DebugBundle
 from lf_lightning.callbacks.folder import last_checkpoint
 from lf_lightning.callbacks.plots import PlotLoss
 from lf_lightning.callbacks.predictions import WritePredictions
@@ -13,13 +14,22 @@ from lf_lightning.callbacks.random_state import RandomState
 from lf_lightning.callbacks.run_folder import RunFolder
 from lf_lightning.callbacks.run_log import RunLog
 from lf_lightning.callbacks.samples import WriteSamples
+from lf_lightning.callbacks.sentinels import ChangedWeights, GradientReach, LaggingRank, Quarantine
+from lf_lightning.callbacks.signals import GracefulStop, Interrupted
 from lf_lightning.callbacks.value_head import FixValueHeadModelCallback
 
 __all__ = [
     "AnswersTable",
+    "ChangedWeights",
+    "DebugBundle",
     "FixValueHeadModelCallback",
+    "GracefulStop",
+    "GradientReach",
+    "Interrupted",
+    "LaggingRank",
     "PlainProgress",
     "PlotLoss",
+    "Quarantine",
     "RandomState",
     "RunCheckpoint",
     "RunFolder",
@@ -35,4 +45,6 @@ __all__ = [
 def default_callbacks() -> list[Callback]:
     """What every run has, with its defaults; the order matters: logs before plots, the model card last."""
     saves = [SaveProcessorCallback(), FixValueHeadModelCallback(), RunFolder()]
-    return [*saves, RandomState(), RunLog(), PlotLoss(), WritePredictions(), WriteSamples(), RunCheckpoint()]
+    watches = [Quarantine(), GradientReach(), LaggingRank(), DebugBundle(), GracefulStop()]
+    logs = [RandomState(), RunLog(), PlotLoss(), WritePredictions(), WriteSamples()]
+    return [*saves, *logs, *watches, RunCheckpoint()]

@@ -60,6 +60,8 @@ class RunCheckpoint(ModelCheckpoint):
         self.keep, self.watched, self.best_is = save_top_k, monitor, mode
         self.values: dict[int, float] = {}
         """Step of a checkpoint -> value of `monitor` there."""
+        self.saved: dict[int, Path] = {}
+        """The step that this run has saved last -> the folder; empty before."""
         self._step_of_final: int | None = None
         self._is_waiting = False  # for the validation after the step of a checkpoint
         self._change = AdapterChange()
@@ -149,6 +151,7 @@ class RunCheckpoint(ModelCheckpoint):
         """
         target = run_folder(trainer) / "checkpoints" / f"step-{trainer.global_step:08d}"
         self._write(trainer, pl_module, target, with_state=True)
+        self.saved = {trainer.global_step: target}
         self._prune(trainer)
         return target
 

@@ -13,10 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lf_lightning.callbacks.folder import complete_checkpoints, put_back, remove_checkpoint, run_folder, step_of
 from lf_lightning.callbacks.recipe import recipe_of
 from lf_lightning.callbacks.run_log import CSV, JSONL, RESULTS, SAMPLES, cut_logs
+from lf_lightning.callbacks.secrets import without_secrets
+from lf_lightning.callbacks.sentinels import QUARANTINE
 from lf_lightning.console import say
 from lf_lightning.types import InputError
 
-OF_A_RUN = ("config.yaml", JSONL, CSV, RESULTS, SAMPLES, "final", "generated_predictions.jsonl")
+OF_A_RUN = ("config.yaml", JSONL, CSV, RESULTS, SAMPLES, "final", "generated_predictions.jsonl", "debug", QUARANTINE)
 
 
 class RunFolder(Callback):
@@ -49,7 +51,7 @@ class RunFolder(Callback):
                 _move_previous(folder, checkpoints)
             else:
                 _continue(folder, Path(trainer.ckpt_path))
-            text = self.config or recipe_of(trainer, pl_module)
+            text = without_secrets(self.config or recipe_of(trainer, pl_module))
             (folder / "config.yaml").write_text(text)
             self._text = text
         trainer.strategy.barrier()
@@ -57,7 +59,7 @@ class RunFolder(Callback):
     def on_save_pretrained(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
         """Put a model card beside the weights of final/."""
         if trainer.is_global_zero and not (folder / "trainer_state").exists():
-            (folder / "README.md").write_text(model_card(trainer, pl_module, self._text))
+            (folder / "README.md").write_text(without_secrets(model_card(trainer, pl_module, self._text)))
 
 
 def make_writable(folder: Path) -> None:

@@ -15,7 +15,7 @@ from lf_lightning.data.collate_judgements import feedback_batch, feedback_costs,
 from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan
 from lf_lightning.data.prompts import Prompt
 from lf_lightning.data.store import TokenStore
-from lf_lightning.types import InputError, Isolation, Layout, MicroBatch, PromptBatch, StepBatch, Task, Unit
+from lf_lightning.types import InputError, Isolation, Layout, MicroBatch, PromptBatch, StepBatch, Task, Unit, UnitId
 
 StoredReference = NDArray[np.float64] | None
 """Stored reference log-probs by document of the store, (D, 2, 2) of pairs or (D, 2) of feedback; None: none stored."""
@@ -72,7 +72,9 @@ class Batches:
         self, units: Sequence[Unit], store: TokenStore, rule: MicroBatchRule, reference: StoredReference = None
     ) -> StepBatch:
         """This rank's share of an optimizer step."""
-        return StepBatch(tuple(self.micro_batch(share, store, reference) for share in self.shares(units, store, rule)))
+        shares = self.shares(units, store, rule)
+        micro_batches = tuple(self.micro_batch(share, store, reference) for share in shares)
+        return StepBatch(micro_batches, partial(rows_of, [unit for share in shares for unit in share], store))
 
     def shares(self, units: Sequence[Unit], store: TokenStore, rule: MicroBatchRule) -> list[list[Unit]]:
         """This rank's micro-batches of a step or a set, as their units; an empty one asks for a filler."""
@@ -93,6 +95,12 @@ class Batches:
             chosen = [prompts[row] for row in rows] or [prompts[0]]
             batches.append(partial(prompt_batch, chosen, rows or [-1], pad_id=pad_id, max_length=max_length))
         return batches
+
+
+def rows_of(units: Sequence[Unit], store: TokenStore) -> tuple[UnitId, ...]:
+    """The rows that units are made of, each once, in their order; a pack has several."""
+    documents = (span.document for unit in units for span in unit.spans)
+    return tuple(dict.fromkeys(store.row_of(document) for document in documents))
 
 
 def settled_layout(asked: str, verdict: Isolation, *, packs_isolated: bool) -> Layout:

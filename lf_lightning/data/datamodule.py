@@ -16,7 +16,7 @@ from lf_lightning.data.loader import EvalLoader, StepLoader
 from lf_lightning.data.prompt_sets import PromptSets
 from lf_lightning.data.reader import Names, Reader
 from lf_lightning.data.resume import DECIDING, check_continues, contents_of_prompts, contents_of_store
-from lf_lightning.data.rollouts import RolloutLoader
+from lf_lightning.data.rollouts import RolloutLoader, prompt_rows_of
 from lf_lightning.data.sets import EncodedSets, Split
 from lf_lightning.lightning_private import global_seed
 from lf_lightning.types import (
@@ -25,6 +25,7 @@ from lf_lightning.types import (
     Isolation,
     Layout,
     Task,
+    UnitId,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ SETS: dict[Split, str] = {
 """Set -> the option that names its datasets."""
 WANTED: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 """What the trainer does -> the sets that are encoded for it; the first must exist."""
+KINDS: dict[Task, type[EncodedSets]] = dict.fromkeys(ROLLING, PromptSets)
+"""Task -> its sets, where they are no encoded ones."""
 NOT_OPTIONS = ("self", "__class__", "backbone", "task")
 
 
@@ -54,6 +57,7 @@ class DataModule(DataDoors):
         test_datasets: What `test` measures.
         predict_datasets: What `predict` answers, or scores with rm; empty means the validation rows.
         dataset_dir: Folder of dataset_info.json and of the files it names.
+        allow_outside: Whether dataset_info.json may name files outside of its folder, also through symbolic links.
         template: `auto` for the tokenizer's own chat template, or the name of one: default, empty, chatml, qwen,
             llama3, alpaca.
         max_length: Most tokens of a sequence or of a pack, > 1; longer rows are cut.
@@ -103,6 +107,7 @@ class DataModule(DataDoors):
         test_datasets: Sequence[str | dict[str, Any]] = (),
         predict_datasets: Sequence[str | dict[str, Any]] = (),
         dataset_dir: str = "data",
+        allow_outside: bool = False,
         template: str = "auto",
         max_length: int = 2048,
         max_samples: int | None = None,
@@ -131,14 +136,12 @@ class DataModule(DataDoors):
         arguments = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
         super().__init__()
         check_options(task, **arguments)
-        self.arguments, self.stored_reference = arguments, {}
-        self.backbone, self.task, self.global_batch_size = given_backbone(backbone), task, global_batch_size
-        self.rule, self.eval_rule = micro_batch_rules(arguments)
-        self.seed = global_seed() if seed is None else seed
+        self.arguments, self.stored_reference, self.task = arguments, {}, task
+        self.backbone, self.global_batch_size = given_backbone(backbone), global_batch_size
+        (self.rule, self.eval_rule), self.seed = micro_batch_rules(arguments), global_seed() if seed is None else seed
         self.options = EncodeOptions(task, max_length, packing, train_on_prompt, mask_history, history)
         self.reader = Reader(self.backbone, self.options, arguments)
-        kind = PromptSets if task in ROLLING else EncodedSets
-        self.sets = kind(self.reader, self.names, val_size=val_size, seed=self.seed)
+        self.sets = KINDS.get(task, EncodedSets)(self.reader, self.names, val_size=val_size, seed=self.seed)
         self._layout, self._share_prompt = "padded" if layout == "auto" else layout, bool(share_prompt)
 
     @property
@@ -223,6 +226,10 @@ class DataModule(DataDoors):
     def rollout_in_progress(self) -> bool:
         """Whether steps of a begun rollout are left."""
         return isinstance(self._train_loader, RolloutLoader) and self._train_loader.in_rollout
+
+    def rows_asked(self) -> tuple[UnitId, ...]:
+        """The rows whose prompts are being answered, or were last; none but with ppo and grpo."""
+        return prompt_rows_of(self._train_loader.asked) if isinstance(self._train_loader, RolloutLoader) else ()
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor of the training loader: how many units of which epoch are consumed, in which order."""

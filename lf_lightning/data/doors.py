@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy
 from numpy.typing import NDArray
 
-from lf_lightning.data.batches import Batches
+from lf_lightning.data.batches import Batches, rows_of
 from lf_lightning.data.collate_rollouts import exchanges_of, rollout_batch
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.layout import MicroBatchRule
@@ -174,7 +174,8 @@ class DataDoors(LightningDataModule):
     def _single(self, split: Split, epoch: int, units: Sequence[Unit], *, stored: bool) -> StepBatch:
         """Collated as things stand when it is asked for: Lightning asks for lengths before the layout is settled."""
         reference = self.stored_reference.get(self.reference_key(split, epoch)) if stored else None
-        return StepBatch((self._batches.micro_batch(units, self.sets[split].store, reference),))
+        store = self.sets[split].store
+        return StepBatch((self._batches.micro_batch(units, store, reference),), partial(rows_of, units, store))
 
     def _prompt_batches(self, split: Split, batch_size: int) -> list[partial[PromptBatch]]:
         chosen, pad_id = self.prompts(split), int(self.tokenizer.pad_token_id)

@@ -79,4 +79,5 @@ class Reader:
         )
 
     def _sources(self, names: Names) -> list[Source]:
-        return resolve_sources(list(names), self._given["dataset_dir"])
+        given = self._given
+        return resolve_sources(list(names), given["dataset_dir"], allow_outside=given["allow_outside"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,15 @@ from lf_lightning.data.collate_rollouts import Exchange, exchanges_of, rollout_b
 from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan
 from lf_lightning.data.order import epoch_order, steps_per_epoch
 from lf_lightning.data.prompts import Prompt
-from lf_lightning.types import InputError, RollsOut, StepBatch
+from lf_lightning.types import InputError, RollsOut, StepBatch, UnitId
 
 PASSES = 0x2011
 """Keeps the order of responses apart from that of prompts."""
+
+
+def prompt_rows_of(prompts: Sequence[Prompt]) -> tuple[UnitId, ...]:
+    """The rows of prompts, each once, in their order."""
+    return tuple(dict.fromkeys(UnitId(prompt.source, prompt.row) for prompt in prompts))
 
 
 class RolloutPlan(NamedTuple):
@@ -90,6 +96,8 @@ class RolloutLoader:
         self._prompts, self._plan, self._rule = prompts, plan, rule
         self._batches, self._stage, self._batch_size, self._pad_id = batches, stage, batch_size, pad_id
         self.num_units = len(prompts)
+        self.asked: Sequence[Prompt] = ()
+        """The prompts of the last rollout, on all ranks."""
         self._epoch, self._consumed_units, self._rollout_step = 0, 0, 0
 
     @property
@@ -132,6 +140,7 @@ class RolloutLoader:
     def _steps(self, number: int, prompts: Sequence[Prompt]) -> Callable[[int], StepBatch]:
         """Have a rollout made, unless the stage holds it; gives what lays out its steps."""
         batches, stage = self._batches(), self._stage()
+        self.asked = prompts
         asked = batches.prompts(prompts, batch_size=self._batch_size, pad_id=self._pad_id)
         responses = stage.rollout(number, [make() for make in asked])
         assert [response.row for response in responses] == list(range(len(prompts))), "responses in the order of rows"
@@ -142,19 +151,22 @@ class RolloutLoader:
         def laid_out(step: int) -> StepBatch:
             turn, minibatch = divmod(step, num_minibatches)
             order = np.random.default_rng([self._plan.seed, PASSES, number, turn]).permutation(len(exchanges))
-            return self._share([exchanges[row] for row in order[minibatch * size : (minibatch + 1) * size]], batches)
+            chosen = [exchanges[row] for row in order[minibatch * size : (minibatch + 1) * size]]
+            return self._share(chosen, batches, prompts)
 
         first = [laid_out(step) for step in range(num_minibatches)]
         stage.make_experience(first)
         # the very tensors of the first pass, so that what is computed on them again is the same bit by bit
         return lambda step: first[step] if step < len(first) else laid_out(step)
 
-    def _share(self, exchanges: Sequence[Exchange], batches: Batches) -> StepBatch:
+    def _share(self, exchanges: Sequence[Exchange], batches: Batches, prompts: Sequence[Prompt]) -> StepBatch:
         """This rank's micro-batches of a minibatch."""
         costs = [exchange.num_tokens for exchange in exchanges]
         plan = micro_batch_plan(costs, num_ranks=batches.num_ranks, rule=self._rule, layout=batches.layout)
-        shares = ([exchanges[position] for position in positions] for positions in plan[batches.rank])
-        return StepBatch(tuple(rollout_batch(share, layout=batches.layout) for share in shares))
+        shares = [[exchanges[position] for position in positions] for positions in plan[batches.rank]]
+        micro_batches = tuple(rollout_batch(share, layout=batches.layout) for share in shares)
+        own = [prompts[exchange.row] for share in shares for exchange in share]
+        return StepBatch(micro_batches, partial(prompt_rows_of, own))
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor: epoch, prompts of its finished rollouts, and steps handed out of the one in progress."""

@@ -6,7 +6,6 @@ import csv
 import difflib
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from lf_lightning.data.confinement import check_inside
 from lf_lightning.types import InputError, Source
 
 FORMATTINGS = ("alpaca", "sharegpt", "openai", "text")
@@ -56,13 +56,16 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Choose one of: {', '.join(known)}."
 
 
-def resolve_sources(datasets: list[str | dict[str, Any]], dataset_dir: str) -> list[Source]:
+def resolve_sources(
+    datasets: list[str | dict[str, Any]], dataset_dir: str, *, allow_outside: bool = False
+) -> list[Source]:
     """The sources that the entries of `data.datasets` mean.
 
     Args:
         datasets: Each a name in `<dataset_dir>/dataset_info.json`, or an inline entry: the same keys plus `path`
             (relative to the working folder, else to `dataset_dir`), or `records` with the rows themselves, and `name`.
         dataset_dir: Folder of dataset_info.json and of its files.
+        allow_outside: Whether dataset_info.json may name files elsewhere.
 
     Raises:
         InputError: An unknown name or key, a key that is not supported yet, a missing or broken file.
@@ -72,7 +75,7 @@ def resolve_sources(datasets: list[str | dict[str, Any]], dataset_dir: str) -> l
     sources = []
     for position, entry in enumerate(datasets):
         if isinstance(entry, str):
-            sources.append(_named_source(entry, info, folder))
+            sources.append(_named_source(entry, info, folder, allow_outside=allow_outside))
         elif isinstance(entry, dict):
             sources.append(_inline_source(entry, f"data.datasets[{position}]", folder))
         else:
@@ -96,7 +99,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def _named_source(name: str, info: dict[str, Any], folder: Path) -> Source:
+def _named_source(name: str, info: dict[str, Any], folder: Path, *, allow_outside: bool) -> Source:
     where = folder / "dataset_info.json"
     if name not in info:
         raise InputError(f"{where}: no dataset is called {name!r}.{nearest(name, info)}")
@@ -106,8 +109,8 @@ def _named_source(name: str, info: dict[str, Any], folder: Path) -> Source:
     where_entry = f"{where}, {name}"
     _check_keys(entry, ENTRY_KEYS, where_entry)
     file_name = _text_value(entry, "file_name", where_entry)
-    if not Path(file_name).is_absolute() and os.path.normpath(file_name).split(os.sep)[0] == os.pardir:
-        raise InputError(f"{where_entry}: file_name must stay inside {folder}, got {file_name!r}. Move the file there.")
+    if not allow_outside:
+        check_inside(file_name, folder, where_entry)
     return _source(name, folder / file_name, entry, where_entry)
 
 

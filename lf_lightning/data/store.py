@@ -22,7 +22,7 @@ from lf_lightning.data.checks import check_task
 from lf_lightning.data.encode import EncodeOptions, RowProblem
 from lf_lightning.data.sources import file_digest, source_files
 from lf_lightning.data.templates import Template
-from lf_lightning.types import InputError, Source
+from lf_lightning.types import InputError, Source, UnitId
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +118,10 @@ class TokenStore:
             digest.update(f"{name} {array.dtype} {array.shape} ".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+    def row_of(self, document: int) -> UnitId:
+        """The row that a document was made of."""
+        return UnitId(self.names[int(self.source_index[document])], int(self.row[document]))
 
     def document(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Ids and labels of a document, as views."""

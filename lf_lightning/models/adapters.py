@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from lf_lightning.models.tensor_files import refuse_pickles
 from lf_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def _continued(model: PreTrainedModel, adapter: str) -> PeftModel:
     from peft import PeftConfig, PeftModel
 
     where, folder = "model.init_args.tuning.init_args.adapter", Path(adapter)
+    refuse_pickles(folder, where)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{where}: must be a folder with {name}, got {adapter}. Give the folder of an adapter.")

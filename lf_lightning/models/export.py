@@ -112,7 +112,9 @@ def _converted(backbone: Backbone, folder: Path) -> dict[str, Tensor]:
     from transformers import AutoModelForCausalLM
 
     try:
-        answer: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        answer: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, use_safetensors=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: must hold the weights of a model, got none that can be read.") from error
     causal_lm, report = answer

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from lf_lightning.models.adapters import Tuning, upcast_trainable
 from lf_lightning.models.backbone import Backbone, embedding_rows
+from lf_lightning.models.tensor_files import refuse_pickles
 from lf_lightning.types import BackboneSpec, InputError, torch_dtype
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> 
                 trust_remote_code=spec.trust_remote_code,
                 revision=spec.revision,
                 output_loading_info=True,
+                use_safetensors=True,
                 ignore_mismatched_sizes=True,  # _check_complete refuses them, by name
             )
             model, report = answer
@@ -116,6 +118,7 @@ def _config(spec: BackboneSpec, vocab_size: int) -> PretrainedConfig:
     if spec.architecture is not None:
         return _scratch_config(spec.architecture, vocab_size)
     assert spec.path is not None
+    refuse_pickles(Path(spec.path), f"{WHERE}.path")
     looks_local = spec.path.startswith((".", "/", "~")) or spec.path.count("/") != 1
     if looks_local and not (Path(spec.path) / "config.json").is_file():
         raise InputError(

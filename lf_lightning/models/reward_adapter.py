@@ -18,6 +18,7 @@ from lf_lightning.console import say
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.reward_model import base_of, head_scores, loaded_head, right_padded
 from lf_lightning.models.rewards import WHERE, Reward, RewardBatch, RewardSetting, check_weight
+from lf_lightning.models.tensor_files import refuse_pickles
 from lf_lightning.models.value_head import ValueHead
 from lf_lightning.models.value_head_files import SCORE, find_value_head
 from lf_lightning.types import InputError
@@ -63,6 +64,7 @@ class RewardAdapter(Reward):
         folder, policy = Path(self.path).expanduser(), setting.policy
         if not policy.is_adapter:
             raise InputError(f"{_ADAPTER}: needs a policy tuned with LoRA, got another tuning. Use RewardModel.")
+        refuse_pickles(folder, f"{_ADAPTER}.path")
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (folder / name).is_file():
                 raise InputError(f"{_ADAPTER}.path: must be a folder with {name}, got {self.path}. Give an adapter's.")

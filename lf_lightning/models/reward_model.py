@@ -17,6 +17,7 @@ from lf_lightning.models.adapters import Full, LoRA, Tuning
 from lf_lightning.models.backbone import Backbone, embedding_rows
 from lf_lightning.models.loading import load_backbone
 from lf_lightning.models.rewards import WHERE, Reward, RewardBatch, RewardSetting, check_weight
+from lf_lightning.models.tensor_files import refuse_pickles
 from lf_lightning.models.value_head import ValueHead, last_counted, load_value_head
 from lf_lightning.models.value_head_files import find_value_head
 from lf_lightning.types import IGNORE, BackboneSpec, InputError, OutputLayer, TokenBatch, TrainingStopped, torch_dtype
@@ -202,6 +203,7 @@ def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[T
 def _is_classifier(path: str) -> bool:
     from transformers import AutoConfig
 
+    refuse_pickles(Path(path).expanduser(), f"{_MODEL}.path")
     try:
         config = AutoConfig.from_pretrained(Path(path).expanduser() if Path(path).expanduser().exists() else path)
     except (OSError, ValueError) as error:
@@ -220,6 +222,7 @@ def _classifier(path: str, dtype: Dtype, device: torch.device) -> Scorer:
             Path(path).expanduser() if Path(path).expanduser().exists() else path,
             dtype="auto" if dtype == "auto" else torch_dtype(dtype),
             output_loading_info=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -32,6 +32,8 @@ class NonFinite:
     def __init__(self, policy: Literal["stop", "skip"]) -> None:
         self.policy = policy
         self.num_skipped_steps = 0
+        self.found: tuple[int, str] | None = None
+        """The last step that was given up, and what was not finite there; for callbacks to read and to clear."""
         self._overflows_in_a_row = 0
 
     def check_loss(
@@ -82,6 +84,7 @@ class NonFinite:
             parameter.grad = None
 
     def _stop_or_count(self, step: int, what: str, found: str) -> None:
+        self.found = step, f"{what}: {found}"
         if self.policy == "stop":
             raise TrainingStopped(
                 f"step {step}: the {what} is not finite, got {found}. Lower the learning rate or look at the rows of "

@@ -19,14 +19,19 @@ def fit(folder: Path, *callbacks: Callback, ckpt_path: Path | str | None = None,
         folder: Gets rows.json and the run folder.
         callbacks: Those of the Trainer.
         ckpt_path: A state file to continue from.
-        options: Of the Trainer and of the DataModule.
+        options: Of the Trainer, the DataModule and the stage.
     """
     rows = folder / "rows.json"
     rows.write_text(json.dumps(ROWS))
     seed_everything(7)
     backbone = BackboneSpec(architecture=dict(LLAMA), tokenizer="bytes")
     stage = SFT(
-        backbone, Full(), AdamW(lr=1e-2), ScheduleSpec(kind="constant"), generation=GenerationSpec(max_new_tokens=4)
+        backbone,
+        Full(),
+        AdamW(lr=options.pop("lr", 1e-2)),
+        ScheduleSpec(kind="constant"),
+        generation=GenerationSpec(max_new_tokens=4),
+        non_finite=options.pop("non_finite", "stop"),
     )
     of_data = {name: options.pop(name) for name in ("val_size", "global_batch_size") if name in options}
     data = DataModule(

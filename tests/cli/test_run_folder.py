@@ -521,7 +521,7 @@ class Signals(Callback):
             signal.raise_signal(self.number)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_the_run_with_its_own_code_and_a_resume_goes_on(
     number: signal.Signals,
     code: int,
@@ -539,13 +539,13 @@ def test_a_signal_ends_the_run_with_its_own_code_and_a_resume_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(cli, "make_gate", with_signal)
-        try:
-            got = lightning("fit", here, config())
-        except SystemExit as stopped:
-            got = stopped.code
-    assert got == code
-    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
-    assert steps(here / "run") == ["step-00000002"]
+        assert lightning("fit", here, config()) == code
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "interrupted after step 3: saved run/checkpoints/step-00000003, continue with --ckpt_path last"
+    )
+    assert steps(here / "run") == ["step-00000002", "step-00000003"]
     assert not (here / "run" / "final").exists()
     assert lightning("fit", here, config(), "--ckpt_path", "last") == 0
     assert weights(here / "run" / "final") == weights(full_run / "final")
+    assert losses(here / "run") == losses(full_run)
