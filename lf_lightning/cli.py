@@ -101,6 +101,14 @@ class Gate(LightningCLI):
             raise InputError("trainer.precision: 16-mixed needs a GPU, got none. Use bf16-mixed.")
         return built
 
+    def finish(self) -> None:
+        """Give the trainer the run folder, with the text of its config.yaml."""
+        recipe = self.config.clone()
+        recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
+        text = self.parser.dump(recipe, skip_unset=False)
+        trainer: Any = self.trainer  # Lightning leaves its callbacks untyped
+        trainer.callbacks.insert(0, RunFolder(overwrite=self.config.overwrite, config=text))
+
 
 CKPT_PATH_HELP = (
     "Continue from a checkpoint: `last` for the newest complete one of the run folder, or the folder of one. "
@@ -170,8 +178,13 @@ def predict(argv: list[str]) -> int:
     return 0
 
 
-def build(argv: list[str], verb: str) -> Gate:
+def build(argv: list[str], verb: str, kind: type[Gate] = Gate) -> Gate:
     """Parse the arguments of a verb and build trainer, stage and data.
+
+    Args:
+        argv: The arguments.
+        verb: Name of the command.
+        kind: What builds: a command that does not train may leave the trainer out.
 
     Raises:
         InputError: The configuration is wrong; one line says what.
@@ -183,17 +196,17 @@ def build(argv: list[str], verb: str) -> Gate:
         raise SystemExit(0)
     try:
         check_top_keys(argv)
-        return make_gate(argv, verb)
+        return make_gate(argv, verb, kind)
     except InputError:
         raise
     except (ValueError, MisconfigurationException) as error:
         raise InputError(refusal(str(error))) from error
 
 
-def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
+def make_gate(argv: list[str], verb: str, kind: type[Gate] = Gate, **options: Any) -> Gate:
     """The gate of a verb."""
     callbacks: list[Callback] = [] if sys.stderr.isatty() else [PlainProgress()]
-    gate = Gate(
+    gate = kind(
         Stage,
         DataModule,
         subclass_mode_model=True,
@@ -208,11 +221,7 @@ def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
         run=False,
         **options,
     )
-    recipe = gate.config.clone()
-    recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
-    text = gate.parser.dump(recipe, skip_unset=False)
-    trainer: Any = gate.trainer  # Lightning leaves its callbacks untyped
-    trainer.callbacks.insert(0, RunFolder(overwrite=gate.config.overwrite, config=text))
+    gate.finish()
     return gate
 
 

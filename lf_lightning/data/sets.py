@@ -119,11 +119,13 @@ class EncodedSets:
             raise InputError("data.predict_datasets: must name prompts to answer, got none. Name at least one dataset.")
         return self._reader.prompts(self._names[split])
 
-    def encode(self, split: Split) -> None:
-        """Leave a set in the cache, where it exists."""
-        names = self._names[split] or (self._names["train"] if split == "val" and self._val_size else ())
-        if names:
-            self._reader.store(names)
+    def open(self, split: Split) -> None:
+        """Encode a set, or open it from the cache, so that using it later takes no time.
+
+        Raises:
+            InputError: A row cannot be used, or the split leaves one side empty.
+        """
+        _ = self[split]
 
     def _whole(self, split: Split) -> EncodedSet:
         store = self._reader.store(self._names[split])

@@ -31,7 +31,7 @@ def made(*sources: Source, template: str = "empty", max_length: int = 8, **optio
     tokenizer = byte_tokenizer()
     loaded = load_template(template, tokenizer)
     fit_tokenizer(tokenizer, loaded)
-    return build_store(sources, EncodeOptions(max_length=max_length), tokenizer, loaded, progress=False, **options)
+    return build_store(sources, EncodeOptions(max_length=max_length), tokenizer, loaded, **options)
 
 
 def same(a: TokenStore, b: TokenStore) -> bool:
@@ -185,14 +185,14 @@ def test_texts_of_pt_are_prompts_too(tmp_path: Path) -> None:
 def test_real_rows_are_kept(shared: Path) -> None:
     tokenizer = load_tokenizer(BackboneSpec(path=str(shared / "parity" / "model")))
     sources = resolve_sources(["alpaca_en_demo", "identity"], str(shared / "data"))
-    store = build_store(sources, EncodeOptions(), tokenizer, load_template("auto", tokenizer), progress=False)
+    store = build_store(sources, EncodeOptions(), tokenizer, load_template("auto", tokenizer))
     assert [summary.line() for summary in store.summaries] == [
         "alpaca_en_demo: 999 rows, 999 kept, 0 cut, 0 dropped",
         "identity: 91 rows, 91 kept, 0 cut, 0 dropped",
     ]
     texts = resolve_sources(["c4_demo"], str(shared / "data"))
     options = EncodeOptions("pt", max_length=256, packing="blocks")
-    store = build_store(texts, options, tokenizer, load_template("auto", tokenizer, "pt"), progress=False)
+    store = build_store(texts, options, tokenizer, load_template("auto", tokenizer, "pt"))
     assert store.summaries[0].line() == "c4_demo: 300 rows, 300 kept, 0 cut, 0 dropped"
     assert (store.input_ids[store.offsets[1:] - 1] == tokenizer.eos_token_id).all()
     assert np.array_equal(store.input_ids, store.labels)
