@@ -25,7 +25,7 @@ class DataGate(Gate):
         config = self.config.clone()
         for name, value in PLAIN.items():
             config.trainer[name] = value
-        self.config_init = self.parser.instantiate_classes(config)
+        self.config_init = self.parser.instantiate(config)
         self.model, self.datamodule = self.config_init.model, self.config_init.data
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""One process makes a folder of the cache; the others wait for it, take over where it is gone, or learn why it failed."""
+"""One process makes a folder of the cache; others wait, take over where it is gone, or learn why it failed."""
 
 from __future__ import annotations
 

@@ -156,9 +156,10 @@ def test_a_build_that_was_cut_off_goes_on_with_the_chunk_that_is_missing(
     monkeypatch.setattr(build, "CHUNK_ROWS", 5)
     source, cache = write(tmp_path, MANY), tmp_path / "cache"
     straight = made(source, cache_dir=tmp_path / "straight", invalid_rows="skip")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         encoded = counting(patch, stop_at=16)
-        made(source, cache_dir=cache, invalid_rows="skip")
+        with pytest.raises(KeyboardInterrupt):
+            made(source, cache_dir=cache, invalid_rows="skip")
     assert encoded == [1, 6, 11]
     (parts,) = cache.iterdir()
     assert sorted(path.name for path in parts.iterdir()) == [
@@ -190,9 +191,10 @@ def test_what_is_kept_of_judged_rows_survives_a_cut_too(tmp_path: Path, monkeypa
         template = load_template("empty", tokenizer, "dpo")
         return build_store([source], EncodeOptions("dpo", max_length=32), tokenizer, template, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         counting(patch, stop_at=3)
-        pairs(cache_dir=tmp_path / "cache")
+        with pytest.raises(KeyboardInterrupt):
+            pairs(cache_dir=tmp_path / "cache")
     alone, resumed = pairs(), pairs(cache_dir=tmp_path / "cache")
     assert resumed.facts.keys() == alone.facts.keys()
     assert len(alone.facts) > 0
@@ -218,8 +220,8 @@ def test_a_full_disk_is_one_line_and_what_is_encoded_stays(tmp_path: Path, monke
     encoded = counting(monkeypatch)
     assert len(made(source, cache_dir=cache)) == 2
     assert encoded == []
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
-        patch.setattr(store_module.Parts, "write_tokens", fail)
+    monkeypatch.setattr(store_module.Parts, "write_tokens", fail)
+    with pytest.raises(InputError, match="No space left"):
         made(source, cache_dir=tmp_path / "other")
 
 
