@@ -36,11 +36,10 @@ class EncodedSet(NamedTuple):
         lengths = self.store.lengths[self.documents]
         order = epoch_order(len(self.documents), seed=seed, epoch=epoch, shuffle=shuffle)
         if packing == "none":
-            units, unit_order = sequence_units(lengths), order
-        else:
-            make = block_units if packing == "blocks" else knapsack_units
-            units = make(lengths, max_length, order)
-            unit_order = epoch_order(len(units), seed=seed + 1, epoch=epoch, shuffle=shuffle)
+            return sequence_units(lengths[order], self.documents[order])
+        make = block_units if packing == "blocks" else knapsack_units
+        units = make(lengths, max_length, order)
+        unit_order = epoch_order(len(units), seed=seed + 1, epoch=epoch, shuffle=shuffle)
         return [self._in_store(units[index]) for index in unit_order]
 
     def paired(self, units: Sequence[Unit], *, kl_pairs: KLPairs, step_size: int | None) -> list[Unit]:

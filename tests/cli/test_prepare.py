@@ -103,7 +103,7 @@ def test_prepare_of_prompts_reads_them_and_says_that_nothing_is_kept(here: Path,
     settings = rolled("PPO", data__cache_dir="cache")
     assert prepare(here, settings) == 0
     assert said(capsys) == [
-        "rows: 12 prompts (longest 64 tokens)",
+        "rows: 12 prompts (longest 31 tokens)",
         "ppo: these prompts are in order; fit encodes them when it starts, and nothing is kept",
     ]
     assert not (here / "cache").exists()

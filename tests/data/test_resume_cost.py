@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,6 +61,15 @@ def store() -> TokenStore:
     )
 
 
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """A million units are two million tuples, which the garbage collector would visit again and again."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
 def test_a_map_dataset_reads_for_a_resume_at_step_100_000_what_it_reads_at_step_0(
     store: TokenStore, monkeypatch: pytest.MonkeyPatch
 ):
