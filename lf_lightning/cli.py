@@ -143,6 +143,7 @@ def fit(argv: list[str]) -> int:
     elif not cli.config.overwrite:
         refuse_mixing(folder)
     make_writable(folder)
+    cli.datamodule.open_sets("fit")  # here: no other process has been started yet, and no port chosen to meet on
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit:  # Lightning's answer to a signal
@@ -158,6 +159,7 @@ def validate(argv: list[str]) -> int:
     """Measure the loss on the validation rows."""
     cli = build(argv, "validate")
     cli.model.weights_folder = _weights_folder(cli)
+    cli.datamodule.open_sets("validate")
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     return 0
 
@@ -166,6 +168,7 @@ def test(argv: list[str]) -> int:
     """Measure the loss on data.test_datasets."""
     cli = build(argv, "test")
     cli.model.weights_folder = _weights_folder(cli)
+    cli.datamodule.open_sets("test")
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     return 0
 
@@ -174,6 +177,7 @@ def predict(argv: list[str]) -> int:
     """Generate an answer to each prompt of data.predict_datasets."""
     cli = build(argv, "predict")
     cli.model.weights_folder = _weights_folder(cli)
+    cli.datamodule.open_sets("predict")
     cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
     return 0
 

@@ -159,7 +159,8 @@ class DataModule(DataDoors):
     def open_sets(self, verb: str) -> None:
         """Encode or open what the trainer is about to read: before its process group starts, whose time-outs run.
 
-        Processes that share `cache_dir` share the work. The stage calls it; without one of ours `prepare_data` does.
+        Processes that share `cache_dir` share the work. The gate calls it, and from Python the stage; without one of
+        ours `prepare_data` does. What is open already takes no time.
 
         Args:
             verb: `fit`, `validate`, `test` or `predict`.

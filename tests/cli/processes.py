@@ -68,6 +68,12 @@ def end_of(process: subprocess.Popen[bytes], log: Path) -> int:
         pytest.fail(f"did not end: {log.read_text()[-3000:]}")
 
 
+def torchrun(num_processes: int, *command: str) -> list[str]:
+    """The command that starts a program several times on one node, all at once."""
+    launcher = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_processes}"]
+    return [*launcher, "--master-addr=127.0.0.1", f"--master-port={free_port()}", *command]
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as listener:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.processes import end_of, free_port, kill_tree, started, wait_for
+from tests.cli.processes import end_of, free_port, kill_tree, started, torchrun, wait_for
 from tests.cli.runs import config, lightning, losses, steps, weights, write
 from tests.stages.judgement_runs import judged
 from tests.stages.rollout_runs import LENGTH, rolled
@@ -122,7 +122,7 @@ def test_processes_that_run_out_of_data_keep_step_to_the_end_of_every_epoch(here
     cases = five_on_three(here)
     files = [write(here, settings, f"{stage}.yaml") for stage, (settings, _) in cases.items()]
     script = str(Path(__file__).with_name("even_steps_run.py"))
-    with started([script, *files], folder=here) as (process,):
+    with started(torchrun(3, script, *files), folder=here) as (process,):
         assert end_of(process, here / "log.0") == 0, (here / "log.0").read_text()[-3000:]
     for stage, (_, num_steps) in cases.items():
         assert len(losses(here / stage)) == num_steps, stage
