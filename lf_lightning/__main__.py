@@ -15,6 +15,7 @@ from lf_lightning import __version__
 
 COMMANDS = {
     "fit": ("lf_lightning.cli:fit", "train a model"),
+    "prepare": ("lf_lightning.commands.prepare:main", "encode the data of a run beforehand, without its model"),
     "validate": ("lf_lightning.cli:validate", "loss and metrics on the validation sets"),
     "test": ("lf_lightning.cli:test", "loss and metrics on data.test_datasets, written to all_results.json"),
     "predict": ("lf_lightning.cli:predict", "generate answers into generated_predictions.jsonl"),

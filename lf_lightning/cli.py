@@ -102,6 +102,14 @@ class Gate(LightningCLI):
             raise InputError("trainer.precision: 16-mixed needs a GPU, got none. Use bf16-mixed.")
         return built
 
+    def finish(self) -> None:
+        """Give the trainer the run folder, with the text of its config.yaml."""
+        recipe = self.config.clone()
+        recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
+        text = self.parser.dump(recipe, skip_unset=False)
+        trainer: Any = self.trainer  # Lightning leaves its callbacks untyped
+        trainer.callbacks.insert(0, RunFolder(overwrite=self.config.overwrite, config=text))
+
 
 CKPT_PATH_HELP = (
     "Continue from a checkpoint: `last` for the newest complete one of the run folder, or the folder of one. "
@@ -136,6 +144,7 @@ def fit(argv: list[str]) -> int:
     elif not cli.config.overwrite:
         refuse_mixing(folder)
     make_writable(folder)
+    cli.datamodule.open_sets("fit")  # here: no other process has been started yet, and no port chosen to meet on
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     except Interrupted as interrupted:
@@ -152,6 +161,7 @@ def validate(argv: list[str]) -> int:
     """Measure the loss on the validation rows."""
     cli = build(argv, "validate")
     cli.model.weights_folder = _weights_folder(cli)
+    cli.datamodule.open_sets("validate")
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     return 0
 
@@ -160,6 +170,7 @@ def test(argv: list[str]) -> int:
     """Measure the loss on data.test_datasets."""
     cli = build(argv, "test")
     cli.model.weights_folder = _weights_folder(cli)
+    cli.datamodule.open_sets("test")
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     return 0
 
@@ -168,12 +179,18 @@ def predict(argv: list[str]) -> int:
     """Generate an answer to each prompt of data.predict_datasets."""
     cli = build(argv, "predict")
     cli.model.weights_folder = _weights_folder(cli)
+    cli.datamodule.open_sets("predict")
     cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
     return 0
 
 
-def build(argv: list[str], verb: str) -> Gate:
+def build(argv: list[str], verb: str, kind: type[Gate] = Gate) -> Gate:
     """Parse the arguments of a verb and build trainer, stage and data.
+
+    Args:
+        argv: The arguments.
+        verb: Name of the command.
+        kind: What builds: a command that does not train may leave the trainer out.
 
     Raises:
         InputError: The configuration is wrong; one line says what.
@@ -185,17 +202,17 @@ def build(argv: list[str], verb: str) -> Gate:
         raise SystemExit(0)
     try:
         check_top_keys(argv)
-        return make_gate(argv, verb)
+        return make_gate(argv, verb, kind)
     except InputError:
         raise
     except (ValueError, MisconfigurationException) as error:
         raise InputError(refusal(str(error))) from error
 
 
-def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
+def make_gate(argv: list[str], verb: str, kind: type[Gate] = Gate, **options: Any) -> Gate:
     """The gate of a verb."""
     callbacks: list[Callback] = [] if sys.stderr.isatty() else [PlainProgress()]
-    gate = Gate(
+    gate = kind(
         Stage,
         DataModule,
         subclass_mode_model=True,
@@ -210,11 +227,7 @@ def make_gate(argv: list[str], verb: str, **options: Any) -> Gate:
         run=False,
         **options,
     )
-    recipe = gate.config.clone()
-    recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
-    text = gate.parser.dump(recipe, skip_unset=False)
-    trainer: Any = gate.trainer  # Lightning leaves its callbacks untyped
-    trainer.callbacks.insert(0, RunFolder(overwrite=gate.config.overwrite, config=text))
+    gate.finish()
     return gate
 
 

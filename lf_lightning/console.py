@@ -1,4 +1,4 @@
-"""What a run tells the person in front of it: single lines on stderr, from one process only."""
+"""What a run tells the person in front of it: single lines on stderr, from one process of all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ from lightning.pytorch.utilities import rank_zero_only
 @rank_zero_only
 def say(line: str) -> None:
     """Print a line on stderr, on the first rank."""
+    say_from_any(line)
+
+
+def say_on_node(line: str) -> None:
+    """Print a line on stderr, on the first process of each node: what differs from node to node."""
+    # torchrun, Lightning's own launcher and SLURM number the processes of a node so; a single process has no number
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        say_from_any(line)
+
+
+def say_from_any(line: str) -> None:
+    """Print a line on stderr, on whichever process calls: what only one of them does."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lf_lightning.console import say
 from lf_lightning.data.encode import EncodedRow, EncodeOptions, RowProblem, encode_rows
 from lf_lightning.data.encode_judgements import FACTS, encode_judgements
 from lf_lightning.data.sources import load_rows
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 1000
 """Rows that are encoded together; fixed, so that chunks do not depend on the number of workers."""
+LINE_SECONDS = 15.0
+"""How often a line tells how far the encoding is, where no bar does."""
 
 
 class Job(NamedTuple):
@@ -76,40 +82,79 @@ class Encoder(NamedTuple):
         )
 
 
-def encoded_chunks(
-    encoder: Encoder, *, num_workers: int | None = None, max_samples: int | None = None, progress: bool = True
-) -> Iterator[Chunk]:
-    """The chunks of all sources in order.
+def jobs_of(sources: Iterable[Source], max_samples: int | None = None) -> list[Job]:
+    """The jobs of all sources, in order.
 
     Args:
-        encoder: All that encodes a row.
-        num_workers: Processes that encode; None or 1 is this one.
+        sources: The datasets.
         max_samples: Use only the first rows of each source, this many.
-        progress: Show a progress bar on stderr where that is a terminal.
+
+    Raises:
+        InputError: A file is broken or empty.
     """
-    jobs = list(_jobs(encoder.sources, max_samples))
-    num_workers = min(num_workers or 1, len(jobs))
-    bar = tqdm(
-        total=sum(len(job.rows) for job in jobs),
-        desc="Encoding",
-        unit=" rows",
-        disable=not (progress and sys.stderr.isatty()),
-    )
-    with bar:
-        chunks = map(encoder.chunk, jobs) if num_workers <= 1 else _chunks_of_workers(encoder, jobs, num_workers)
-        for job, chunk in zip(jobs, chunks, strict=True):
-            bar.update(len(job.rows))
-            yield chunk
-
-
-def _jobs(sources: Iterable[Source], max_samples: int | None) -> Iterator[Job]:
+    jobs = []
     for index, source in enumerate(sources):
         rows = load_rows(source, max_samples)
         for start in range(0, len(rows), CHUNK_ROWS):
-            yield Job(index, start + 1, rows[start : start + CHUNK_ROWS])
+            jobs.append(Job(index, start + 1, rows[start : start + CHUNK_ROWS]))
+    return jobs
 
 
-def _chunks_of_workers(encoder: Encoder, jobs: list[Job], num_workers: int) -> Iterator[Chunk]:
+def encoded_chunks(
+    encoder: Encoder,
+    jobs: Sequence[Job],
+    *,
+    num_workers: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Iterator[Chunk]:
+    """The chunks of jobs, in order.
+
+    Args:
+        encoder: All that encodes a row.
+        jobs: What to encode.
+        num_workers: Processes that encode; None or 1 is this one.
+        progress: Told the rows of each chunk, once it has been used.
+    """
+    num_workers = min(num_workers or 1, len(jobs))
+    chunks = map(encoder.chunk, jobs) if num_workers <= 1 else _chunks_of_workers(encoder, jobs, num_workers)
+    for job, chunk in zip(jobs, chunks, strict=True):
+        yield chunk
+        progress(len(job.rows))
+
+
+class EncodingProgress:
+    """How far the encoding is: a bar on a terminal, otherwise a line every LINE_SECONDS.
+
+    Args:
+        num_rows: Rows in all.
+        num_done: Rows that an earlier start has encoded.
+        tell: Prints a line.
+    """
+
+    def __init__(self, num_rows: int, num_done: int = 0, *, tell: Callable[[str], None] = say) -> None:
+        self._num_rows, self._num_done, self._tell = num_rows, num_done, tell
+        if num_done:
+            tell(f"encoding: {num_done:,} of {num_rows:,} rows were encoded before")
+        is_bar = sys.stderr.isatty()
+        self._bar = tqdm(total=num_rows, initial=num_done, desc="Encoding", unit=" rows", disable=not is_bar)
+        self._told = float("inf") if is_bar else time.monotonic()
+
+    def __enter__(self) -> EncodingProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, num_rows: int) -> None:
+        """Count rows that have been encoded."""
+        self._num_done += num_rows
+        self._bar.update(num_rows)
+        if time.monotonic() - self._told >= LINE_SECONDS:
+            self._told = time.monotonic()
+            self._tell(f"encoding: {self._num_done:,} of {self._num_rows:,} rows")
+
+
+def _chunks_of_workers(encoder: Encoder, jobs: Sequence[Job], num_workers: int) -> Iterator[Chunk]:
     """Spawned, not forked: the tokenizer's threads do not survive a fork."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
@@ -124,6 +169,15 @@ _ENCODER: list[Encoder] = []  # filled once in a worker process: sending the tok
 
 def _start_worker(encoder: Encoder) -> None:
     _ENCODER.append(encoder)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """A pool's worker waits forever for jobs of a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers have a parent"
+    parent.join()
+    os._exit(1)
 
 
 def _worker_chunk(job: Job) -> Chunk:

@@ -163,11 +163,27 @@ class DataModule(DataDoors):
 
     # ------------------------------------------------------------------ Lightning's hooks
 
+    def open_sets(self, verb: str) -> None:
+        """Encode or open what the trainer is about to read: before its process group starts, whose time-outs run.
+
+        Processes that share `cache_dir` share the work. The gate calls it, and from Python the stage; without one of
+        ours `prepare_data` does. What is open already takes no time.
+
+        Args:
+            verb: `fit`, `validate`, `test` or `predict`.
+
+        Raises:
+            InputError: A row cannot be used, or `cache_dir` cannot be written; on every process.
+        """
+        for split in self._wanted(verb):
+            if split in self.sets:
+                self.sets.open(split)
+
     def prepare_data(self) -> None:
         """Encode what the run needs and is not in the cache yet, on one process of each node."""
         verb = self.trainer.state.fn if self.trainer is not None else None
-        for split in self._wanted(verb or "fit") if self.arguments["cache_dir"] else ():
-            self.sets.encode(split)
+        if self.arguments["cache_dir"]:
+            self.open_sets(verb or "fit")
 
     def setup(self, stage: str) -> None:
         """Open the encoded sets and say what was kept, cut and dropped.

@@ -14,13 +14,15 @@ Lengths = Sequence[int] | NDArray[np.int64]
 """Tokens of each document."""
 
 
-def sequence_units(lengths: Lengths) -> list[Unit]:
+def sequence_units(lengths: NDArray[np.int64], documents: NDArray[np.int64] | None = None) -> list[Unit]:
     """One unit for each document, in their order.
 
     Args:
-        lengths: Tokens of each document.
+        lengths: Tokens of each document; (D,).
+        documents: Number of each document; (D,). From 0 unless given.
     """
-    return [Unit((Span(document, 0, int(length)),)) for document, length in enumerate(lengths)]
+    numbers = range(len(lengths)) if documents is None else documents.tolist()  # plain numbers: a tenth of the time
+    return [Unit((Span(document, 0, length),)) for document, length in zip(numbers, lengths.tolist(), strict=True)]
 
 
 def block_units(lengths: Lengths, max_length: int, order: Iterable[int]) -> list[Unit]:

@@ -37,8 +37,13 @@ class PromptSets(EncodedSets):
             lengths[prompt.source].append(len(prompt.ids))
         return [f"{name}: {len(own):,} prompts (longest {max(own):,} tokens)" for name, own in lengths.items()]
 
-    def encode(self, split: Split) -> None:
-        """Nothing: prompts are encoded when they are read."""
+    def open(self, split: Split) -> None:
+        """Read the prompts of a set; they are encoded then and there, and not kept between runs.
+
+        Raises:
+            InputError: As of `prompts`.
+        """
+        self.prompts(split)
 
     def _is_split(self, split: Split) -> bool:
         return split == "train" and bool(self._val_size)

@@ -36,11 +36,10 @@ class EncodedSet(NamedTuple):
         lengths = self.store.lengths[self.documents]
         order = epoch_order(len(self.documents), seed=seed, epoch=epoch, shuffle=shuffle)
         if packing == "none":
-            units, unit_order = sequence_units(lengths), order
-        else:
-            make = block_units if packing == "blocks" else knapsack_units
-            units = make(lengths, max_length, order)
-            unit_order = epoch_order(len(units), seed=seed + 1, epoch=epoch, shuffle=shuffle)
+            return sequence_units(lengths[order], self.documents[order])
+        make = block_units if packing == "blocks" else knapsack_units
+        units = make(lengths, max_length, order)
+        unit_order = epoch_order(len(units), seed=seed + 1, epoch=epoch, shuffle=shuffle)
         return [self._in_store(units[index]) for index in unit_order]
 
     def paired(self, units: Sequence[Unit], *, kl_pairs: KLPairs, step_size: int | None) -> list[Unit]:
@@ -119,11 +118,13 @@ class EncodedSets:
             raise InputError("data.predict_datasets: must name prompts to answer, got none. Name at least one dataset.")
         return self._reader.prompts(self._names[split])
 
-    def encode(self, split: Split) -> None:
-        """Leave a set in the cache, where it exists."""
-        names = self._names[split] or (self._names["train"] if split == "val" and self._val_size else ())
-        if names:
-            self._reader.store(names)
+    def open(self, split: Split) -> None:
+        """Encode a set, or open it from the cache, so that using it later takes no time.
+
+        Raises:
+            InputError: A row cannot be used, or the split leaves one side empty.
+        """
+        _ = self[split]
 
     def _whole(self, split: Split) -> EncodedSet:
         store = self._reader.store(self._names[split])

@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lf_lightning.data.build import Chunk, Encoder, encoded_chunks
+from lf_lightning.console import say_from_any
+from lf_lightning.data.build import CHUNK_ROWS, Chunk, Encoder, EncodingProgress, Job, encoded_chunks, jobs_of
+from lf_lightning.data.cache_lock import cache_refusal, made_once
 from lf_lightning.data.checks import check_task
+from lf_lightning.data.content_key import content_key
 from lf_lightning.data.encode import EncodeOptions, RowProblem
-from lf_lightning.data.sources import file_digest, source_files
+from lf_lightning.data.parts import FACT, Parts
 from lf_lightning.data.templates import Template
 from lf_lightning.types import InputError, Source, UnitId
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 Scalar = TypeVar("Scalar", bound=np.generic)
 InvalidRows = Literal["stop", "skip"]
 ARRAYS = ("input_ids", "labels", "offsets", "source_index", "row")
-FACT = "fact-"
-"""How the file of a fact begins."""
 NUM_REASONS = 3
 """Distinct reasons for dropped rows that a summary keeps."""
 
@@ -89,6 +88,7 @@ class TokenStore:
         names: Names of the datasets.
         summaries: What became of the rows, one for each dataset.
         facts: What a task keeps of each document beside its tokens, by name (`encode_judgements.FACTS`); each (D,).
+        folder: Where it lies; None in memory.
     """
 
     input_ids: NDArray[np.int32]
@@ -99,6 +99,7 @@ class TokenStore:
     names: tuple[str, ...]
     summaries: tuple[StoreSummary, ...]
     facts: dict[str, NDArray[Any]] = field(default_factory=dict)
+    folder: Path | None = None
 
     def __len__(self) -> int:
         """Number of documents, D."""
@@ -139,9 +140,11 @@ def build_store(
     num_workers: int | None = None,
     max_samples: int | None = None,
     invalid_rows: InvalidRows = "stop",
-    progress: bool = True,
 ) -> TokenStore:
     """Encode all rows, or open what an earlier call with the same content left in `cache_dir`.
+
+    Of several processes that ask for the same content one encodes, and the others wait for its folder. Chunks are
+    kept as they are finished, so that a call that was killed is continued by the next one.
 
     Args:
         sources: The datasets.
@@ -152,30 +155,56 @@ def build_store(
         num_workers: Processes that encode; None is this one. The result does not depend on it.
         max_samples: Use only the first rows of each dataset, this many.
         invalid_rows: `stop` at the first row that cannot be used, or `skip` and count such rows.
-        progress: Show a progress bar on stderr where that is a terminal.
 
     Raises:
-        InputError: A dataset does not suit the task, a file is broken, a row is invalid, or no row is left.
+        InputError: A dataset does not suit the task, a file is broken, a row is invalid, no row is left, or
+            `cache_dir` cannot be written.
+        TrainingStopped: Another process encoded the same content, and failed.
     """
     for source in sources:
         check_task(source, options.task)
     encoder = Encoder(tuple(sources), options, tokenizer, template)
-    folder = None
-    if cache_dir is not None:
-        folder = Path(cache_dir).expanduser() / _content_key(encoder, max_samples, invalid_rows)
-        if folder.exists():
-            return open_store(folder)
-    chunks = []
-    for chunk in encoded_chunks(encoder, num_workers=num_workers, max_samples=max_samples, progress=progress):
-        if chunk.problems and invalid_rows == "stop":
-            number, reason = chunk.problems[0]
-            raise row_error(sources[chunk.source_index], number, reason)
-        chunks.append(chunk)
-    store = _store_of(chunks, sources)
-    if folder is None:
-        return store
-    _save(store, folder)
+    if cache_dir is None:
+        jobs = jobs_of(encoder.sources, max_samples)
+        with EncodingProgress(_num_rows(jobs)) as progress:
+            found = encoded_chunks(encoder, jobs, num_workers=num_workers, progress=progress)
+            return _store_of([_usable(chunk, sources, invalid_rows) for chunk in found], sources)
+    folder = Path(cache_dir).expanduser() / content_key(encoder, max_samples, invalid_rows)
+    parts = Parts(folder)
+
+    def make() -> None:
+        jobs = jobs_of(encoder.sources, max_samples)
+        _encode_parts(encoder, parts, jobs, num_workers=num_workers, invalid_rows=invalid_rows)
+        _join_parts(parts, jobs, sources, folder)
+
+    made_once(folder, make, progress=lambda: f"{parts.num_finished:,} chunks of {CHUNK_ROWS:,} rows are done")
     return open_store(folder)
+
+
+def _encode_parts(
+    encoder: Encoder, parts: Parts, jobs: list[Job], *, num_workers: int | None, invalid_rows: InvalidRows
+) -> None:
+    """Write the chunks that an earlier call has not left already."""
+    missing = parts.missing(jobs)
+    num_rows = _num_rows(jobs)
+    with EncodingProgress(num_rows, num_rows - _num_rows(missing), tell=say_from_any) as progress:
+        chunks = encoded_chunks(encoder, missing, num_workers=num_workers, progress=progress)
+        for job, chunk in zip(missing, chunks, strict=True):
+            if chunk.problems and invalid_rows == "stop":
+                parts.remove()  # of no use: what mends the row changes the content
+            parts.write(job, _usable(chunk, encoder.sources, invalid_rows))
+
+
+def _usable(chunk: Chunk, sources: Sequence[Source], invalid_rows: InvalidRows) -> Chunk:
+    """The chunk, unless it has a row that cannot be used and such rows are not to be skipped."""
+    if chunk.problems and invalid_rows == "stop":
+        number, reason = chunk.problems[0]
+        raise row_error(sources[chunk.source_index], number, reason)
+    return chunk
+
+
+def _num_rows(jobs: Iterable[Job]) -> int:
+    return sum(len(job.rows) for job in jobs)
 
 
 def row_error(source: Source, row: int, reason: str) -> InputError:
@@ -190,7 +219,8 @@ def open_store(folder: Path) -> TokenStore:
     facts = {path.stem.removeprefix(FACT): np.load(path, mmap_mode="r") for path in folder.glob(f"{FACT}*.npy")}
     kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     summaries = tuple(StoreSummary(**{**summary, "reasons": tuple(summary["reasons"])}) for summary in kept)
-    return TokenStore(**arrays, names=tuple(summary.name for summary in summaries), summaries=summaries, facts=facts)
+    names = tuple(summary.name for summary in summaries)
+    return TokenStore(**arrays, names=names, summaries=summaries, facts=facts, folder=folder)
 
 
 def _store_of(chunks: list[Chunk], sources: Sequence[Source]) -> TokenStore:
@@ -247,14 +277,17 @@ def _reasons(problems: list[RowProblem]) -> tuple[str, ...]:
     )
 
 
-def _save(store: TokenStore, folder: Path) -> None:
-    """Write a folder whole or not at all: to a hidden sibling, synced, renamed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+def _join_parts(parts: Parts, jobs: Sequence[Job], sources: Sequence[Source], folder: Path) -> None:
+    """Write the folder of a store whole or not at all, and a chunk of tokens at a time: hidden, synced, renamed."""
     try:
-        arrays: list[NDArray[Any]] = [store.input_ids, store.labels, store.offsets, store.source_index, store.row]
-        for name, array in zip(ARRAYS, arrays, strict=True):
-            np.save(draft / f"{name}.npy", array)
+        chunks = [parts.read(job, tokens=False) for job in jobs]
+        if not any(len(chunk.lengths) for chunk in chunks):
+            parts.remove()  # of no use either
+        store = _store_of(chunks, sources)
+        draft = Path(tempfile.mkdtemp(prefix="whole-", dir=parts.folder))
+        parts.write_tokens(jobs, draft, num_tokens=int(store.offsets[-1]))
+        for name in ("offsets", "source_index", "row"):
+            np.save(draft / f"{name}.npy", getattr(store, name))  # fields of the store
         for name, array in store.facts.items():
             np.save(draft / f"{FACT}{name}.npy", array)
         summaries = [asdict(summary) for summary in store.summaries]
@@ -263,41 +296,7 @@ def _save(store: TokenStore, folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         draft.rename(folder)
-    except OSError:
+    except OSError as error:
         if not folder.exists():  # otherwise another process finished the same content first: its folder serves
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _content_key(encoder: Encoder, max_samples: int | None, invalid_rows: InvalidRows) -> str:
-    """Everything that decides the arrays, as one digest; paths and times do not count."""
-    key = hashlib.sha256()
-    for part in (*_source_facts(encoder.sources), *_code_facts(), *_tokenizer_facts(encoder.tokenizer)):
-        key.update(hashlib.sha256(part.encode()).digest())
-    rest = [asdict(encoder.options), asdict(encoder.template), max_samples, invalid_rows]
-    key.update(json.dumps(rest, sort_keys=True).encode())
-    return key.hexdigest()[:40]
-
-
-def _source_facts(sources: Sequence[Source]) -> Iterable[str]:
-    for source in sources:
-        facts = asdict(source) | {"path": [(path.suffix, file_digest(path)) for path in source_files(source)]}
-        yield json.dumps(facts, sort_keys=True, default=repr)  # records may hold what YAML knows and JSON does not
-
-
-def _code_facts() -> Iterable[str]:
-    here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *(here / "named").iterdir()]):
-        yield f"{path.name} {file_digest(path)}"
-    yield f"{version('transformers')} {version('tokenizers')}"
-
-
-def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
-    from transformers import PreTrainedTokenizerFast
-
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        yield tokenizer.backend_tokenizer.to_str()
-    else:
-        yield f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())} {tokenizer.init_kwargs}"
-    yield f"{tokenizer.special_tokens_map} {tokenizer.all_special_tokens}"
+            raise cache_refusal(folder, error) from error
+    parts.remove()

@@ -21,7 +21,7 @@ from lf_lightning.models.sharding import clip_gradients
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate, trained_parameters
 from lf_lightning.stages.answers import answers_of
 from lf_lightning.stages.building import build_backbone
-from lf_lightning.stages.doors import check_data, check_trainer
+from lf_lightning.stages.doors import check_trainer, open_data
 from lf_lightning.stages.layout import settle_layout
 from lf_lightning.stages.means import SetMeans
 from lf_lightning.stages.non_finite import NonFinite, is_scaled
@@ -191,8 +191,8 @@ class Stage(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Bring run folder, checkpoints and logs where the trainer has none of ours; called before data is read."""
-        check_data(type(self).__name__, self.task, self.data)
+        """Read the data, Lightning's last call before the process group starts; bring our callbacks where absent."""
+        open_data(self)
         present = vars(self.trainer)["callbacks"]
         return [ours for ours in default_callbacks() if not any(isinstance(theirs, type(ours)) for theirs in present)]
 

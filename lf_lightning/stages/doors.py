@@ -27,6 +27,20 @@ def check_data(stage: str, task: str, data: Any) -> None:
         )
 
 
+def open_data(stage: Any) -> None:
+    """Have the sets of a stage encoded or opened while no process can wait for another in a collective.
+
+    Args:
+        stage: The stage, attached to a trainer whose process group has not started.
+
+    Raises:
+        InputError: The DataModule encodes for another stage, or its rows cannot be used.
+    """
+    check_data(type(stage).__name__, stage.task, stage.data)
+    if stage.data is not None:
+        stage.data.open_sets(stage.trainer.state.fn or "fit")
+
+
 def check_trainer(trainer: Trainer) -> None:
     """Refuse what would train wrong numbers without an error.
 

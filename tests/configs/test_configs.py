@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from lf_lightning.models import Full, LoRA, load_backbone
 from lf_lightning.types import BackboneSpec
 from tests.conftest import ROOT
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TRAINERS = sorted((ROOT / "configs" / "trainer").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*TRAINERS})
 TUNINGS = {"Full": Full, "LoRA": LoRA}
 
 QWEN3 = {
@@ -90,6 +92,31 @@ def test_a_config_is_short_and_tells_how_to_run_it(path: Path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 60
     assert f"lf-lightning fit --config configs/{path.parent.name}/{path.name}" in text
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.stem)
+def test_a_trainer_is_given_after_any_stage_and_changes_nothing_else(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    text = path.read_text(encoding="utf-8")
+    (line,) = re.findall(r"lf-lightning fit (--config \S+ --config \S+)", text)
+    stage = str(line).split()[1]
+    assert line == f"--config {stage} --config configs/trainer/{path.name}"
+    resolved = []
+    for more in ([], ["--config", str(path)]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit", "--config", stage, *more, "--print_config"])
+        assert stopped.value.code == 0
+        resolved.append(leaves(yaml.safe_load(capsys.readouterr().out)))
+    plain, merged = resolved
+    asked = leaves(read(path))
+    assert {name: merged.get(name) for name in asked} == asked
+    assert asked[".trainer.num_nodes"] == 1
+    assert {name for name in plain if merged.get(name, plain[name]) != plain[name]} <= asked.keys()
+    assert {name: merged[name] for name in plain if name[:9] != ".trainer."} == {
+        name: value for name, value in plain.items() if name[:9] != ".trainer."
+    }
 
 
 @pytest.mark.parametrize("name", REAL)

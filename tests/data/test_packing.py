@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 
+import numpy as np
+
 from lf_lightning.data.packing import block_units, knapsack_units, sequence_units
 from lf_lightning.types import Span, Unit
 
@@ -26,7 +28,9 @@ def tokens_of(units: list[Unit]) -> list[tuple[int, int]]:
 
 
 def test_a_sequence_unit_is_a_document() -> None:
-    assert sequence_units([3, 5]) == [Unit((Span(0, 0, 3),)), Unit((Span(1, 0, 5),))]
+    lengths, documents = np.array([3, 5]), np.array([9, 4])
+    assert sequence_units(lengths) == [Unit((Span(0, 0, 3),)), Unit((Span(1, 0, 5),))]
+    assert sequence_units(lengths, documents) == [Unit((Span(9, 0, 3),)), Unit((Span(4, 0, 5),))]
 
 
 def test_blocks_are_cut_every_max_length_tokens_and_keep_the_tail() -> None:

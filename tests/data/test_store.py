@@ -31,7 +31,7 @@ def made(*sources: Source, template: str = "empty", max_length: int = 8, **optio
     tokenizer = byte_tokenizer()
     loaded = load_template(template, tokenizer)
     fit_tokenizer(tokenizer, loaded)
-    return build_store(sources, EncodeOptions(max_length=max_length), tokenizer, loaded, progress=False, **options)
+    return build_store(sources, EncodeOptions(max_length=max_length), tokenizer, loaded, **options)
 
 
 def same(a: TokenStore, b: TokenStore) -> bool:
@@ -128,16 +128,143 @@ def test_other_content_is_encoded_anew(tmp_path: Path) -> None:
     assert count() == 7
 
 
-def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache"
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def fail(*_: Any) -> None:
-        raise OSError("disk full")
 
-    monkeypatch.setattr(store_module.np, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        made(write(tmp_path, ROWS[:2]), cache_dir=cache)
-    assert list(cache.iterdir()) == []
+def counting(monkeypatch: pytest.MonkeyPatch, *, stop_at: int | None = None) -> list[int]:
+    """The first row of every job that is encoded from now on; the process dies before it encodes a certain one."""
+    encoded, real = [], build.Encoder.chunk
+
+    def chunk(encoder: build.Encoder, job: build.Job) -> build.Chunk:
+        if job.first_row == stop_at:
+            raise KeyboardInterrupt
+        encoded.append(job.first_row)
+        return real(encoder, job)
+
+    monkeypatch.setattr(build.Encoder, "chunk", chunk)
+    return encoded
+
+
+MANY = [{"instruction": f"{number}", "output": "x" * (number % 9 + 1)} for number in range(25)]
+MANY[3] = {"instruction": "no answer"}
+
+
+def test_a_build_that_was_cut_off_goes_on_with_the_chunk_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "CHUNK_ROWS", 5)
+    source, cache = write(tmp_path, MANY), tmp_path / "cache"
+    straight = made(source, cache_dir=tmp_path / "straight", invalid_rows="skip")
+    with monkeypatch.context() as patch:
+        encoded = counting(patch, stop_at=16)
+        with pytest.raises(KeyboardInterrupt):
+            made(source, cache_dir=cache, invalid_rows="skip")
+    assert encoded == [1, 6, 11]
+    (parts,) = cache.iterdir()
+    assert sorted(path.name for path in parts.iterdir()) == [
+        "0000-0000000001-0000000005.npz",
+        "0000-0000000006-0000000010.npz",
+        "0000-0000000011-0000000015.npz",
+    ]
+    (torn,) = parts.glob("*-0000000010.npz")  # as a machine that loses power may leave it
+    torn.write_bytes(torn.read_bytes()[:-30])
+    capsys.readouterr()
+    encoded = counting(monkeypatch)
+    store = made(source, cache_dir=cache, invalid_rows="skip")
+    assert encoded == [6, 16, 21]
+    assert capsys.readouterr().err == "encoding: 10 of 25 rows were encoded before\n"
+    assert same(store, straight)
+    assert store.summaries[0].num_dropped == 1
+    assert contents(store.folder) == contents(straight.folder)
+    assert [path.name for path in cache.iterdir()] == [straight.folder.name]
+
+
+def test_what_is_kept_of_judged_rows_survives_a_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "CHUNK_ROWS", 2)
+    rows = [{"instruction": f"{n}", "chosen": "ab" * (n + 1), "rejected": "c"} for n in range(6)]
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    source = Source("pairs", write(tmp_path, rows, "pairs.json").path, columns=columns, ranking=True)
+
+    def pairs(**options: Any) -> TokenStore:
+        tokenizer = byte_tokenizer()
+        template = load_template("empty", tokenizer, "dpo")
+        return build_store([source], EncodeOptions("dpo", max_length=32), tokenizer, template, **options)
+
+    with monkeypatch.context() as patch:
+        counting(patch, stop_at=3)
+        with pytest.raises(KeyboardInterrupt):
+            pairs(cache_dir=tmp_path / "cache")
+    alone, resumed = pairs(), pairs(cache_dir=tmp_path / "cache")
+    assert resumed.facts.keys() == alone.facts.keys()
+    assert len(alone.facts) > 0
+    assert same(alone, resumed)
+    assert alone.fingerprint == resumed.fingerprint
+
+
+def test_a_full_disk_is_one_line_and_what_is_encoded_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = write(tmp_path, ROWS[:2]), tmp_path / "cache"
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module.np, "save", fail)
+        with pytest.raises(InputError) as error:
+            made(source, cache_dir=cache)
+    assert str(error.value) == (
+        f"data.cache_dir: must be a folder that can be written, got {cache} (No space left on device). "
+        "Make room there, choose another, or null to keep encoded rows in memory."
+    )
+    assert sorted(path.suffix for path in cache.iterdir()) == [".failed", ".parts"]
+    encoded = counting(monkeypatch)
+    assert len(made(source, cache_dir=cache)) == 2
+    assert encoded == []
+    monkeypatch.setattr(store_module.Parts, "write_tokens", fail)
+    with pytest.raises(InputError, match="No space left"):
+        made(source, cache_dir=tmp_path / "other")
+
+
+def test_rows_that_stop_the_run_leave_no_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "CHUNK_ROWS", 1)
+    for cache, rows, invalid_rows in (("a", ROWS, "stop"), ("b", ROWS[2:], "skip")):
+        with pytest.raises(InputError):
+            made(write(tmp_path, rows), cache_dir=tmp_path / cache, invalid_rows=invalid_rows)
+        assert [path.suffix for path in (tmp_path / cache).iterdir()] == [".failed"]
+
+
+def test_a_second_process_that_finishes_later_takes_the_folder_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache, real = write(tmp_path, ROWS[:2]), tmp_path / "cache", store_module._encode_parts
+
+    def overtaken(*arguments: Any, **options: Any) -> None:
+        real(*arguments, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "_encode_parts", real)
+            for lock in cache.glob(".*.lock"):
+                lock.unlink()  # as if this process had been taken for dead
+            made(source, cache_dir=cache)
+
+    monkeypatch.setattr(store_module, "_encode_parts", overtaken)
+    assert len(made(source, cache_dir=cache)) == 2
+    assert [path.name[0] for path in cache.iterdir()] != ["."]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_how_far_the_encoding_is_is_told_in_lines_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "CHUNK_ROWS", 10)
+    source = write(tmp_path, MANY)
+    made(source, invalid_rows="skip")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(build, "LINE_SECONDS", 0.0)
+    lines = ["encoding: 10 of 25 rows", "encoding: 20 of 25 rows", "encoding: 25 of 25 rows"]
+    made(source, invalid_rows="skip")
+    assert capsys.readouterr().err.splitlines() == lines
+    made(source, cache_dir=tmp_path / "cache", invalid_rows="skip")
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_workers_give_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,14 +312,14 @@ def test_texts_of_pt_are_prompts_too(tmp_path: Path) -> None:
 def test_real_rows_are_kept(shared: Path) -> None:
     tokenizer = load_tokenizer(BackboneSpec(path=str(shared / "parity" / "model")))
     sources = resolve_sources(["alpaca_en_demo", "identity"], str(shared / "data"))
-    store = build_store(sources, EncodeOptions(), tokenizer, load_template("auto", tokenizer), progress=False)
+    store = build_store(sources, EncodeOptions(), tokenizer, load_template("auto", tokenizer))
     assert [summary.line() for summary in store.summaries] == [
         "alpaca_en_demo: 999 rows, 999 kept, 0 cut, 0 dropped",
         "identity: 91 rows, 91 kept, 0 cut, 0 dropped",
     ]
     texts = resolve_sources(["c4_demo"], str(shared / "data"))
     options = EncodeOptions("pt", max_length=256, packing="blocks")
-    store = build_store(texts, options, tokenizer, load_template("auto", tokenizer, "pt"), progress=False)
+    store = build_store(texts, options, tokenizer, load_template("auto", tokenizer, "pt"))
     assert store.summaries[0].line() == "c4_demo: 300 rows, 300 kept, 0 cut, 0 dropped"
     assert (store.input_ids[store.offsets[1:] - 1] == tokenizer.eos_token_id).all()
     assert np.array_equal(store.input_ids, store.labels)
