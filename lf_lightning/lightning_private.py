@@ -7,11 +7,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+    from lightning.pytorch import Trainer
 
 
 def global_seed() -> int:
     """The value of the last `seed_everything`, 0 before any; lightning 2.6 keeps it in PL_GLOBAL_SEED only."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether validation follows the step just made; lightning 2.6 decides it in a private method of its loop.
+
+    Ask from on_train_batch_end on. That training is about to stop is no reason here: a run without a break has no such
+    validation.
+    """
+    loop: Any = trainer.fit_loop
+    stops, trainer.should_stop = trainer.should_stop, False
+    try:
+        return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+    finally:
+        trainer.should_stop = stops
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Run the validation of `fit` now; lightning 2.6 does so between two steps only, with a private flag kept."""
+    connector: Any = trainer._logger_connector
+    first = connector._first_loop_iter
+    trainer.fit_loop.epoch_loop.val_loop.restarting = False
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
+
+
+def align_logger_steps(trainer: Trainer) -> None:
+    """Let loggers count the steps that were made; lightning 2.6 is one behind after a resume at the end of an epoch.
+
+    One batch is one optimizer step, so that both counts are the same. Call it before a step.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def parser_schema(parser: ArgumentParser) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, run_folder, step_of, whole_folder
-from lf_lightning.callbacks.run_log import read_log
+from lf_lightning.callbacks.run_log import cut_logs, read_log
 from lf_lightning.console import say
+from lf_lightning.lightning_private import run_validation, validation_is_due
 from lf_lightning.types import InputError
 
 
@@ -49,6 +50,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.values: dict[int, float] = {}
         """Step of a checkpoint -> value of `monitor` there."""
         self._step_of_final: int | None = None
+        self._is_validation_due = False
 
     # ------------------------------------------------------------------ when
 
@@ -56,12 +58,15 @@ class RunCheckpoint(ModelCheckpoint):
         """Nothing to prepare: the run folder is the trainer's."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is saved before the first step; but what ranks checkpoints must exist.
+        """Nothing is saved before the first step; but what ranks checkpoints must exist, and be complete.
 
         Raises:
             InputError: Nothing of the name of `monitor` is ever logged.
         """
-        stage: Any = pl_module
+        self._check_monitor(trainer, pl_module)
+        self._repeat_validation(trainer)
+
+    def _check_monitor(self, trainer: Trainer, stage: Any) -> None:
         if self.watched is None:
             return
         if stage.data is not None and "val" not in stage.data.sets:
@@ -74,6 +79,18 @@ class RunCheckpoint(ModelCheckpoint):
         rows = read_log(run_folder(trainer))
         self.values |= {row["current_steps"]: row[field] for row in rows if row.get(field) is not None}
 
+    def _repeat_validation(self, trainer: Trainer) -> None:
+        """Validate now where the checkpoint was written before the validation of its step.
+
+        Lightning would leave that validation out. Whether an earlier process finished it is not asked: callbacks that
+        follow validations, such as EarlyStopping, are as the checkpoint knows them and have to see it again.
+        """
+        if self._is_validation_due:
+            self._is_validation_due = False
+            if trainer.is_global_zero:
+                cut_logs(run_folder(trainer), trainer.global_step, is_validated=False)
+            run_validation(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -83,6 +100,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember how good the checkpoint of this step is."""
+        self._is_validation_due = False
         if self.watched is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self.values[trainer.global_step] = float(trainer.callback_metrics[self.watched])
@@ -108,6 +126,7 @@ class RunCheckpoint(ModelCheckpoint):
     def save(self, trainer: Trainer, pl_module: LightningModule) -> Path:
         """Write a checkpoint of this step: all of it or nothing."""
         target = run_folder(trainer) / "checkpoints" / f"step-{trainer.global_step:08d}"
+        self._is_validation_due = validation_is_due(trainer)
         with whole_folder(target, writes=trainer.is_global_zero) as folder:
             if trainer.is_global_zero:
                 (folder / "trainer_state").mkdir()
@@ -152,12 +171,13 @@ class RunCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """The values by which checkpoints are ranked."""
-        return {"values": dict(self.values)}
+        """The values by which checkpoints are ranked, and whether this one's step is still to be validated."""
+        return {"values": dict(self.values), "is_validation_due": self._is_validation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the values of checkpoints that this process did not write."""
         self.values = dict(state_dict["values"])
+        self._is_validation_due = bool(state_dict.get("is_validation_due"))  # older checkpoints do not say
 
 
 def _fill(trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
