@@ -40,12 +40,19 @@ def run_validation(trainer: Trainer) -> None:
     connector._first_loop_iter = first
 
 
-def align_logger_steps(trainer: Trainer) -> None:
-    """Let loggers count the steps that were made; lightning 2.6 is one behind after a resume at the end of an epoch.
+def align_counts(trainer: Trainer) -> None:
+    """Set what lightning 2.6 counts of epochs, batches and loggers' steps to what a run without a break has counted.
 
-    One batch is one optimizer step, so that both counts are the same. Call it before a step.
+    After a resume at the end of an epoch they lag by one, then the next resume takes its checkpoint for one of another
+    moment of the loop. One batch is one optimizer step, so that all follow from step and epoch. Call it from
+    on_train_batch_start, where only the batch that begins is counted as ready.
     """
-    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+    step, epoch, loop = trainer.global_step, trainer.current_epoch, trainer.fit_loop
+    loop.epoch_loop._batches_that_stepped = step
+    batches = loop.epoch_loop.batch_progress.total
+    batches.ready, batches.started, batches.processed, batches.completed = step + 1, step, step, step
+    for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
+        epochs.ready, epochs.started, epochs.processed, epochs.completed = epoch + 1, epoch + 1, epoch, epoch
 
 
 def parser_schema(parser: ArgumentParser) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lf_lightning.callbacks.folder import complete_checkpoints, remove_checkpoint, run_folder, step_of, whole_folder
 from lf_lightning.callbacks.run_log import cut_logs, read_log
 from lf_lightning.console import say
-from lf_lightning.lightning_private import run_validation, validation_is_due
+from lf_lightning.lightning_private import align_counts, run_validation, validation_is_due
 from lf_lightning.types import InputError
 
 
@@ -90,6 +90,10 @@ class RunCheckpoint(ModelCheckpoint):
             if trainer.is_global_zero:
                 cut_logs(run_folder(trainer), trainer.global_step, is_validated=False)
             run_validation(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep what the next checkpoint holds of Lightning's counts the same as without a resume."""
+        align_counts(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -15,7 +15,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.console import say
-from lf_lightning.lightning_private import align_logger_steps
 
 JSONL, CSV, RESULTS, SAMPLES = "trainer_log.jsonl", "metrics.csv", "all_results.json", "samples.jsonl"
 
@@ -42,10 +41,6 @@ class RunLog(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start, self._step_at_start = time.time(), trainer.global_step
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the steps that loggers count those of the run, after a resume too."""
-        align_logger_steps(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

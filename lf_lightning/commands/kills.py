@@ -170,7 +170,7 @@ def wanted_kills(moments: tuple[Moment, ...], number: int | None, draw: random.R
         number: How many; None for one in each phase and one more.
         draw: Chooses the steps.
     """
-    present = [phase for phase in ("save", "step", "validation", "rollout") if any(at.phase == phase for at in moments)]
+    present = [phase for phase in ("save", "rollout", "step", "validation") if any(at.phase == phase for at in moments)]
     number = number or len(present) + 1
     places = [
         draw.choice([at for at in moments if at.phase == present[index % len(present)]]) for index in range(number)

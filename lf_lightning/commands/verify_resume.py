@@ -130,7 +130,7 @@ def default_steps(gate: Gate) -> int:
         return 9
     data = gate.datamodule.arguments
     size = data["rollout_size"] or data["global_batch_size"]
-    per_rollout = gate.model.num_epochs * math.ceil(size / data["global_batch_size"])
+    per_rollout = int(gate.model.num_epochs) * math.ceil(size / data["global_batch_size"])
     return 9 * math.ceil((2 * per_rollout + 1) / 9)
 
 

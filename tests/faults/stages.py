@@ -11,7 +11,7 @@ from tests.stages.judgement_runs import judged
 from tests.stages.rollout_runs import rolled
 
 MARK_PHASES = {"class_path": "lf_lightning.commands.phases.MarkPhases"}
-EVERY, STEPS = 3, 13  # the last step has neither checkpoint nor validation of its own
+EVERY, STEPS = 3, 11  # the last step has neither checkpoint nor validation of its own
 
 
 class Case(NamedTuple):
@@ -27,7 +27,7 @@ def init(**options: Any) -> dict[str, Any]:
 
 
 DROPOUT = init(tuning={"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.2}})
-BY_EPOCHS = {"trainer__max_steps": ..., "trainer__max_epochs": 4}
+BY_EPOCHS = {"trainer__max_steps": ..., "trainer__max_epochs": 3}
 CASES: dict[str, tuple[Case, Case]] = {
     "pt": (Case("PT", False, {"data__packing": "blocks"}), Case("PT", True, DROPOUT)),
     "sft": (Case("SFT", True, DROPOUT), Case("SFT", False, BY_EPOCHS)),
