@@ -47,7 +47,8 @@ def align_counts(trainer: Trainer) -> None:
     moment of the loop. One batch is one optimizer step, so that all follow from step and epoch. Call it from
     on_train_batch_start, where only the batch that begins is counted as ready.
     """
-    step, epoch, loop = trainer.global_step, trainer.current_epoch, trainer.fit_loop
+    loop: Any = trainer.fit_loop
+    step, epoch = trainer.global_step, trainer.current_epoch
     loop.epoch_loop._batches_that_stepped = step
     batches = loop.epoch_loop.batch_progress.total
     batches.ready, batches.started, batches.processed, batches.completed = step + 1, step, step, step

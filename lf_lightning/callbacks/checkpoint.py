@@ -124,6 +124,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Write the final folder where there was nothing left to train."""
         if self._step_of_final != trainer.global_step:
             self._save_final(trainer, pl_module)
+            if self._is_validation_due:
+                say(f"step {trainer.global_step} may not be validated: lf-lightning validate --ckpt_path last does it")
 
     # ------------------------------------------------------------------ what
 

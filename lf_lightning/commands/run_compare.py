@@ -19,7 +19,7 @@ from lf_lightning.callbacks.run_log import JSONL, SAMPLES
 CLOCKS = ("elapsed_time", "remaining_time", "throughput", "time_elapsed")
 """Fields of logs and states that say how long something took: they differ between any two runs."""
 COUNTS = ".val_loop."
-"""Lightning's counts of validation batches since an epoch began: a resume begins them anew, and training does not depend on them."""
+"""Lightning's counts of validation batches in an epoch: a resume begins them anew, and no step depends on them."""
 STATE = "trainer_state"
 
 Values = dict[str, str]

@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from lf_lightning.cli import Gate, build
 from lf_lightning.commands.kills import Kill, Line, run_straight, run_to_end, run_with_kills, started, wanted_kills
+from lf_lightning.commands.phases import Moment
 from lf_lightning.commands.run_compare import Comparison, compare_runs
 from lf_lightning.console import say
 from lf_lightning.stages.rollout import RolloutStage
@@ -128,7 +129,7 @@ def default_steps(gate: Gate) -> int:
     """Three checkpoints; with rollouts enough for two of them and a step of the third. A multiple of 9."""
     if not isinstance(gate.model, RolloutStage):
         return 9
-    data = gate.datamodule.arguments
+    data: dict[str, int] = gate.datamodule.arguments
     size = data["rollout_size"] or data["global_batch_size"]
     per_rollout = int(gate.model.num_epochs) * math.ceil(size / data["global_batch_size"])
     return 9 * math.ceil((2 * per_rollout + 1) / 9)
@@ -190,13 +191,25 @@ def verify(line: Line, options: argparse.Namespace) -> list[Row]:
     draw = random.Random(options.seed)
     seen = run_straight(line)
     straight = line.run.rename(line.run.with_name("straight"))  # both runs have the same path while they run
+    wanted = wanted_kills(after_a_checkpoint(seen.moments), options.kills, draw)
     rows: list[Row] = []
-    for kill in run_with_kills(line, straight, wanted_kills(seen.moments, options.kills, draw), seen.seconds, draw):
+    missed = {at.phase for at in wanted}
+    for kill in run_with_kills(line, straight, wanted, seen, draw):
+        missed.discard(kill.hit.phase)
         rows.append(row_of(str(len(rows) + 1), kill))
         say(f"verify-resume: kill {rows[-1].name} in {rows[-1].hit}: {rows[-1].verdict}")
+    if missed:
+        phases = ", ".join(sorted(missed))
+        raise TrainingStopped(f"verify-resume: no kill hit {phases}, which is too short here. Try another --seed.")
     fault = run_to_end(line)
     compared, verdict = said(compare_runs(straight, line.run))
     return [*rows, Row("end", "", "", compared, fault or verdict)]
+
+
+def after_a_checkpoint(moments: tuple[Moment, ...]) -> tuple[Moment, ...]:
+    """The moments that find a complete checkpoint: a kill before would only show that a run can start again."""
+    first = min((at.step for at in moments if at.phase == "save"), default=0)
+    return tuple(at for at in moments if at.step > first + (at.phase == "step"))
 
 
 def row_of(name: str, kill: Kill) -> Row:

@@ -23,8 +23,7 @@ class Hammered(NamedTuple):
     @property
     def weights_differ(self) -> str | None:
         """The first difference of the final weights, by name; None where there is none."""
-        (difference,) = (each.difference for each in self.found if each.part == "final weights")
-        return difference
+        return next((each.difference for each in self.found if each.part == "final weights"), None)
 
     @property
     def faults(self) -> list[str]:
@@ -35,7 +34,9 @@ class Hammered(NamedTuple):
         return [text for text in (*of_kills, self.wrong_end, *of_end) if text]
 
 
-def hammer(folder: Path, case: Case, *, seed: int, num_kills: int, phases: tuple[str, ...] | None = None) -> Hammered:
+def hammer(
+    folder: Path, case: Case, *, seed: int, num_kills: int, phases: tuple[str, ...] | None = None, tries: int = 4
+) -> Hammered:
     """Run a case without kills, then with them.
 
     Args:
@@ -44,6 +45,7 @@ def hammer(folder: Path, case: Case, *, seed: int, num_kills: int, phases: tuple
         seed: Of the steps and instants of the kills.
         num_kills: How many.
         phases: Those to kill in; all that the run has unless given.
+        tries: Starts that a wanted kill may take, on average.
     """
     draw = random.Random(seed)
     path, output = write(folder, settings(folder, case)), folder / "output.txt"
@@ -52,7 +54,7 @@ def hammer(folder: Path, case: Case, *, seed: int, num_kills: int, phases: tuple
     seen = run_straight(line)
     straight = line.run.rename(folder / "straight")
     moments = tuple(at for at in seen.moments if phases is None or at.phase in phases)
-    kills = tuple(run_with_kills(line, straight, wanted_kills(moments, num_kills, draw), seen.seconds, draw))
+    kills = tuple(run_with_kills(line, straight, wanted_kills(moments, num_kills, draw), seen, draw, tries=tries))
     wrong_end = run_to_end(line)
     return Hammered(kills, wrong_end, tuple(compare_runs(straight, line.run)))
 

@@ -29,6 +29,14 @@ LEAST_IN_ALL, LEAST_PER_PHASE, LEAST_PER_STAGE = 60, 5, 6
 HEAD = ("stage", "trained", "seed", "phase hit", "killed at step", "resumed from step", "checkpoints", "steps lost")
 HEAD += ("newest checkpoint", "final weights", "state and logs")
 
+ABOUT = f"""\
+Each run makes 9 or {STEPS} steps, with a checkpoint every {EVERY} and a validation every 2. It is killed with
+SIGKILL, resumed with `--ckpt_path last`, killed again, and at last left alone; the same run without kills
+stands beside it. After each kill every complete checkpoint is opened and held against its manifest (names,
+sizes, SHA-256), and the newest one against that of the run without kills: weights, and all that a resume
+continues from. At the end: the weights of final/, the last state, and every line of the logs.
+"""
+
 
 class Outcome(NamedTuple):
     """A run that was killed and resumed to its end."""
@@ -59,20 +67,7 @@ def report(outcomes: list[Outcome], minutes: float) -> str:
     elsewhere += sum(outcome.run.wrong_end is not None for outcome in outcomes)
     different = sum(outcome.run.weights_differ is not None for outcome, _ in pairs)
     rest = sum(any(each.difference for each in outcome.run.found) for outcome, _ in pairs)
-    lines = ["# Kills and resumes", ""]
-    lines += [
-        f"Each run makes 9 or {STEPS} steps, with a checkpoint every {EVERY} and a validation every 2. It is killed with"
-    ]
-    lines += [
-        "SIGKILL, resumed with `--ckpt_path last`, killed again, and at last left alone; the same run without kills"
-    ]
-    lines += [
-        "stands beside it. After each kill every complete checkpoint is opened and held against its manifest (names,"
-    ]
-    lines += [
-        "sizes, SHA-256), and the newest one against that of the run without kills: weights, and all that a resume"
-    ]
-    lines += ["continues from. At the end: the weights of final/, the last state, and every line of the logs.", ""]
+    lines = ["# Kills and resumes", "", ABOUT]
     lines += ["Made by `make faults`:", "", "    python -m tests.faults.run", ""]
     lines += [f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, one thread a"]
     lines += [f"process, {minutes:.0f} minutes.", ""]
