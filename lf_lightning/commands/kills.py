@@ -141,6 +141,7 @@ def run_with_kills(
         else:  # it was past that phase before anyone looked
             check_code(code, line.output)
             shutil.rmtree(line.run)
+            num_missed += 1
 
 
 def left_by_kill(run: Path, straight: Path, wanted: Moment, newest: int) -> Kill:
@@ -211,11 +212,16 @@ def kill_in(child: Child, run: Path, target: Moment, *, after: float) -> bool:
     Returns:
         Whether it was killed: it may have ended before.
     """
-    while child.poll() is None:
+
+    def is_there() -> bool:
         now = moment_of(run)
-        if now.phase == target.phase and now.step >= target.step:
+        return now.phase == target.phase and now.step >= target.step
+
+    while child.poll() is None:
+        if is_there():
             time.sleep(after)
-            break
+            if is_there():  # a save may have come between a step and the next, whose mark stood there already
+                break
         time.sleep(POLL_SECONDS)
     kill_group(child)
     return wait_for(child) == -signal.SIGKILL

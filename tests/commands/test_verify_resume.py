@@ -60,7 +60,7 @@ def test_a_run_that_resumes_exactly_is_called_equal(scratch: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"trainer__callbacks": ["tests.commands.user_code.Nudge"]}, "model.embed_tokens.weight: "),
+        ({"trainer__callbacks": ["tests.commands.user_code.Nudge"]}, "lm_head.weight: "),
         ({"model__class_path": "tests.commands.user_code.Counting"}, ""),
     ],
     ids=["a callback that changes weights", "a stage with hidden state"],
