@@ -8,13 +8,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help quickstart test test-long lint bench clean
+.PHONY: help quickstart test test-long faults lint bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   train a tiny model on this machine's CPU and see what it learned"
 	@echo "make test         the tests; under ten minutes on two cores"
 	@echo "make test-long    the long proofs"
+	@echo "make faults       kills and resumes of every stage, written to bench/results; half an hour"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        the measurements, written to bench/results"
 	@echo "make clean        remove the environment and the caches"
@@ -36,6 +37,9 @@ test: $(READY)
 
 test-long: $(READY)
 	$(PYTEST) -m slow
+
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run
 
 lint: $(READY)
 	$(BIN)/ruff check .

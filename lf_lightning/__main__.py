@@ -19,6 +19,10 @@ COMMANDS = {
     "validate": ("lf_lightning.cli:validate", "loss and metrics on the validation sets"),
     "test": ("lf_lightning.cli:test", "loss and metrics on data.test_datasets, written to all_results.json"),
     "predict": ("lf_lightning.cli:predict", "generate answers into generated_predictions.jsonl"),
+    "verify-resume": (
+        "lf_lightning.commands.verify_resume:main",
+        "prove on a configuration that a killed run continues bit for bit",
+    ),
     "score": ("lf_lightning.commands.score:main", "exact-match score of a predictions file"),
     "schema": ("lf_lightning.commands.schema:main", "JSON schema of the configuration, for editors"),
 }
@@ -131,7 +135,7 @@ def complaint(first: str) -> str:
 
 def help_text() -> str:
     """The help of the front: one line for each command."""
-    commands = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    commands = [f"  {name:<15}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lf-lightning COMMAND [options]",

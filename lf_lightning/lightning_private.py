@@ -17,27 +17,6 @@ def global_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
-def validation_follows(trainer: Trainer) -> bool:
-    """Whether a validation comes right after the optimizer step just made, before the next one.
-
-    lightning 2.6 decides it in the loop of the epoch, once `on_train_batch_end` is over.
-    """
-    loop = trainer.fit_loop
-    fetcher, epoch = loop._data_fetcher, loop.epoch_loop
-    return fetcher is not None and not epoch.val_loop.skip and bool(epoch._should_check_val_fx(fetcher))
-
-
-def validate_now(trainer: Trainer) -> None:
-    """Run the validation that belongs after the step just restored, before the next step.
-
-    lightning 2.6 leaves a validation out on a resume where the checkpoint was written before it was over.
-    """
-    connector = trainer._logger_connector
-    is_first, trainer.validating = connector._first_loop_iter, True
-    trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training, connector._first_loop_iter = True, is_first
-
-
 def silence_lightnings_signals(trainer: Trainer) -> None:
     """Leave signals to others: no handlers of lightning 2.6 are set, no step asks all ranks, nothing is requeued.
 
@@ -60,6 +39,49 @@ def send_step_to_loggers(trainer: Trainer) -> None:
     """Give loggers what the step has logged; lightning 2.6 does it only after `on_train_batch_end`, if none raises."""
     trainer._logger_connector.on_batch_end()
     trainer._logger_connector.update_train_step_metrics()
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether validation follows the step just made; lightning 2.6 decides it in a private method of its loop.
+
+    Ask from on_train_batch_end on. That training is about to stop is no reason here: a run without a break has no such
+    validation.
+    """
+    loop: Any = trainer.fit_loop
+    if loop.epoch_loop.val_loop.skip:  # there is nothing to validate on
+        return False
+    stops, trainer.should_stop = trainer.should_stop, False
+    try:
+        return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+    finally:
+        trainer.should_stop = stops
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Run the validation of `fit` now; lightning 2.6 does so between two steps only, with a private flag kept."""
+    connector: Any = trainer._logger_connector
+    first = connector._first_loop_iter
+    trainer.fit_loop.epoch_loop.val_loop.restarting = False
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
+
+
+def align_counts(trainer: Trainer) -> None:
+    """Set what lightning 2.6 counts of epochs, batches and loggers' steps to what a run without a break has counted.
+
+    After a resume at the end of an epoch they lag by one, then the next resume takes its checkpoint for one of another
+    moment of the loop. One batch is one optimizer step, so that all follow from step and epoch. Call it from
+    on_train_batch_start, where only the batch that begins is counted as ready.
+    """
+    loop: Any = trainer.fit_loop
+    step, epoch = trainer.global_step, trainer.current_epoch
+    loop.epoch_loop._batches_that_stepped = step
+    batches = loop.epoch_loop.batch_progress.total
+    batches.ready, batches.started, batches.processed, batches.completed = step + 1, step, step, step
+    for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
+        epochs.ready, epochs.started, epochs.processed, epochs.completed = epoch + 1, epoch + 1, epoch, epoch
 
 
 def parser_schema(parser: ArgumentParser) -> dict[str, Any]:

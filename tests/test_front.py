@@ -64,7 +64,11 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
     [
         ("fitt", "command: there is no 'fitt'. Did you mean 'fit'?"),
         ("Predict", "command: there is no 'Predict'. Did you mean 'predict'?"),
-        ("xyz", "command: there is no 'xyz'. Choose one of fit, prepare, validate, test, predict, score, schema."),
+        (
+            "xyz",
+            "command: there is no 'xyz'. "
+            "Choose one of fit, prepare, validate, test, predict, verify-resume, score, schema.",
+        ),
         ("--config", "command: expected before the options, got '--config'."),
     ],
 )

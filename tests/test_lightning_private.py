@@ -14,13 +14,16 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
 from lf_lightning.lightning_private import (
+    align_counts,
     global_seed,
     parser_schema,
+    run_validation,
     send_step_to_loggers,
     silence_lightnings_signals,
-    validation_follows,
+    validation_is_due,
 )
 from tests.callbacks.python_run import fit
+from tests.cli.runs import log_rows, losses
 
 
 def test_the_global_seed_is_that_of_the_last_seed_everything(monkeypatch: pytest.MonkeyPatch):
@@ -37,7 +40,7 @@ def test_without_seed_everything_the_global_seed_is_zero(monkeypatch: pytest.Mon
     assert "PL_GLOBAL_SEED" not in os.environ
 
 
-class Follows(Callback):
+class Asks(Callback):
     """Asks after every step, and sees what comes."""
 
     def __init__(self) -> None:
@@ -45,7 +48,7 @@ class Follows(Callback):
         self.came: list[int] = []
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.asked[trainer.global_step] = validation_follows(trainer)
+        self.asked[trainer.global_step] = validation_is_due(trainer)
 
     def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
         self.came.append(trainer.global_step)
@@ -61,12 +64,12 @@ class Follows(Callback):
         {"val_size": 0},
     ],
 )
-def test_a_validation_follows_exactly_where_it_is_said_to(options: dict[str, Any], tmp_path: Path):
-    follows = Follows()
-    fit(tmp_path, follows, max_steps=7, num_sanity_val_steps=0, **options)
-    assert sorted(follows.asked) == [1, 2, 3, 4, 5, 6, 7]
-    assert [step for step, asked in follows.asked.items() if asked] == follows.came
-    assert bool(follows.came) == (options["val_size"] > 0 and "limit_val_batches" not in options)
+def test_validation_is_due_exactly_where_it_comes(options: dict[str, Any], tmp_path: Path):
+    asks = Asks()
+    fit(tmp_path, asks, max_steps=7, num_sanity_val_steps=0, **options)
+    assert sorted(asks.asked) == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, asked in asks.asked.items() if asked] == asks.came
+    assert bool(asks.came) == (options["val_size"] > 0 and "limit_val_batches" not in options)
 
 
 class Fruit:
@@ -179,3 +182,89 @@ def bare_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     quiet |= {"enable_model_summary": False, "limit_val_batches": 0}
     where = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "max_steps": 1}
     return Trainer(callbacks=list(callbacks), **{**where, **quiet, **options})
+
+
+class Observed(Callback):
+    """Notes at each step whether validation is due, and what loops have counted."""
+
+    def __init__(self) -> None:
+        self.due: list[bool] = []
+        self.counts: list[tuple[int, ...]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        loop = trainer.fit_loop
+        batches, epochs = loop.epoch_loop.batch_progress.total, loop.epoch_progress
+        counts = [each for part in (batches, epochs.total, epochs.current) for each in vars(part).values()]
+        before = (*counts, loop.epoch_loop._batches_that_stepped)
+        align_counts(trainer)
+        counts = [each for part in (batches, epochs.total, epochs.current) for each in vars(part).values()]
+        self.counts += [before, (*counts, loop.epoch_loop._batches_that_stepped)]
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.due.append(validation_is_due(trainer))
+
+
+def test_validation_is_due_after_the_steps_that_lightning_validates(tmp_path: Path):
+    observed = Observed()
+    options = {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 7}
+    fit(tmp_path, observed, val_size=3, **options)
+    assert observed.due == [False, True, False, True, False, True, False]
+    rows = [row["current_steps"] for row in log_rows(tmp_path / "run") if "eval_loss" in row]
+    assert rows == [2, 4, 6]
+
+
+def test_validation_is_due_at_the_end_of_each_epoch_unless_said_otherwise(tmp_path: Path):
+    observed = Observed()
+    fit(tmp_path, observed, val_size=3, max_steps=7)  # three steps an epoch
+    assert observed.due == [False, False, True, False, False, True, False]
+
+
+class Stops(Callback):
+    """Asks the trainer to stop in the second epoch."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 4:
+            trainer.should_stop = True
+            loop: Any = trainer.fit_loop
+            self.due = (loop.epoch_loop._should_check_val_fx(loop._data_fetcher), validation_is_due(trainer))
+            self.still_stops = trainer.should_stop
+
+
+def test_that_a_run_stops_is_no_reason_for_a_validation(tmp_path: Path):
+    stops = Stops()
+    trainer = fit(tmp_path, stops, val_size=3, max_steps=9, val_check_interval=7, check_val_every_n_epoch=None)
+    assert (stops.due, stops.still_stops) == ((True, False), True)
+    assert trainer.global_step == 4
+
+
+def test_in_a_run_without_a_break_the_counts_are_already_what_they_are_set_to(tmp_path: Path):
+    observed = Observed()
+    fit(tmp_path, observed, max_steps=7)
+    assert observed.counts[::2] == observed.counts[1::2]
+    assert len(set(observed.counts)) == 7
+
+
+class Validates(Callback):
+    """Validates before the first step."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        run_validation(trainer)
+        self.stage = trainer.state.stage
+        self.trains = pl_module.training
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        self.value = float(trainer.callback_metrics["val/loss"])
+
+
+def test_a_validation_can_be_run_before_a_step_and_changes_nothing(tmp_path: Path):
+    validates = Validates()
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    fit(tmp_path / "with", validates, val_size=3, val_check_interval=2, check_val_every_n_epoch=None)
+    fit(tmp_path / "without", val_size=3, val_check_interval=2, check_val_every_n_epoch=None)
+    assert (validates.stage, validates.trains) == ("train", True)
+    assert 0 < validates.value < 5
+    rows = [[row.get("eval_loss") for row in log_rows(tmp_path / name / "run")] for name in ("with", "without")]
+    assert [value is not None for value in rows[0][:1]] == [True]
+    assert rows[0][1:] == rows[1]
+    assert losses(tmp_path / "with" / "run") == losses(tmp_path / "without" / "run")

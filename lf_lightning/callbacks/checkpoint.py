@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lf_lightning.callbacks.folder import STATE, complete_checkpoints, remove_checkpoint, run_folder, step_of
-from lf_lightning.callbacks.run_log import read_log
+from lf_lightning.callbacks.run_log import cut_logs, read_log
 from lf_lightning.callbacks.saving import Saving, StateFile
 from lf_lightning.console import say
-from lf_lightning.lightning_private import validation_follows
+from lf_lightning.lightning_private import align_counts, run_validation, validation_is_due
 from lf_lightning.models.saved import adapter_digest, check_saved
 from lf_lightning.types import InputError, TrainingStopped
 
@@ -31,8 +31,8 @@ class SavesPretrained(Protocol):
 class RunCheckpoint(ModelCheckpoint):
     """Save checkpoints/step-00000500/ while training, and final/ at the end.
 
-    Where a validation comes after the same step, the checkpoint is saved after it, so that a resume neither repeats nor
-    leaves out a validation. Every folder is opened again before it gets its name.
+    A checkpoint is saved before its step is validated; a run that goes on from it validates first. Every folder is
+    opened again before it gets its name.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints, > 0; empty means only the final folder.
@@ -63,7 +63,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.saved: dict[int, Path] = {}
         """The step that this run has saved last -> the folder; empty before."""
         self._step_of_final: int | None = None
-        self._is_waiting = False  # for the validation after the step of a checkpoint
+        self._is_validation_due = False
         self._change = AdapterChange()
 
     # ------------------------------------------------------------------ when
@@ -75,13 +75,16 @@ class RunCheckpoint(ModelCheckpoint):
             strategy.checkpoint_io = StateFile(strategy.checkpoint_io)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is saved before the first step; but what ranks checkpoints must exist.
+        """Nothing is saved before the first step; but what ranks checkpoints must exist, and be complete.
 
         Raises:
             InputError: Nothing of the name of `monitor` is ever logged.
         """
-        stage: Any = pl_module
-        self._change.begin(stage)
+        self._change.begin(pl_module)
+        self._check_monitor(trainer, pl_module)
+        self._repeat_validation(trainer)
+
+    def _check_monitor(self, trainer: Trainer, stage: Any) -> None:
         if self.watched is None:
             return
         if stage.data is not None and "val" not in stage.data.sets:
@@ -89,24 +92,35 @@ class RunCheckpoint(ModelCheckpoint):
         known = [f"val/{name}" for name in stage.set_values(dict.fromkeys(stage.measured, 0.0))]
         if self.watched not in known:
             raise InputError(f"checkpoint.monitor: must be one of {', '.join(known)}, got {self.watched}. Correct it.")
-        # the values of checkpoints that this process did not write
+        # a checkpoint is written before its step is validated, so its own value is in the log only
         field = f"eval_{self.watched.removeprefix('val/')}"
         rows = read_log(run_folder(trainer))
         self.values |= {row["current_steps"]: row[field] for row in rows if row.get(field) is not None}
 
+    def _repeat_validation(self, trainer: Trainer) -> None:
+        """Validate now where the checkpoint was written before the validation of its step.
+
+        Lightning would leave that validation out. Whether an earlier process finished it is not asked: callbacks that
+        follow validations, such as EarlyStopping, are as the checkpoint knows them and have to see it again.
+        """
+        if self._is_validation_due:
+            self._is_validation_due = False
+            if trainer.is_global_zero:
+                cut_logs(run_folder(trainer), trainer.global_step, is_validated=False)
+            run_validation(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at the learning rate that the step will have."""
+        """Keep Lightning's counts the same as without a resume, and look at the rate that the step will have."""
+        align_counts(trainer)
         self._change.look_before(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where a checkpoint is due, unless a validation comes first."""
+        """Save where a checkpoint is due."""
         self._change.look_after(pl_module)
         if self._is_due(trainer):
-            self._is_waiting = validation_follows(trainer)
-            if not self._is_waiting:
-                self.save(trainer, pl_module)
+            self.save(trainer, pl_module)
 
     def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch + 1
@@ -115,16 +129,12 @@ class RunCheckpoint(ModelCheckpoint):
         return at_step or at_epoch
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember how good the weights of this step are, and save where a checkpoint is due."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        """Remember how good the checkpoint of this step is."""
+        self._is_validation_due = False
+        if self.watched is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.watched is not None:
-            self.values[trainer.global_step] = float(trainer.callback_metrics[self.watched])
-        if self._is_waiting:
-            self._is_waiting = False
-            self.save(trainer, pl_module)
-        else:
-            self._prune(trainer)
+        self.values[trainer.global_step] = float(trainer.callback_metrics[self.watched])
+        self._prune(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checkpoints count optimizer steps, not epochs."""
@@ -140,6 +150,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Write the final folder where there was nothing left to train."""
         if self._step_of_final != trainer.global_step:
             self._save_final(trainer, pl_module)
+            if self._is_validation_due:
+                say(f"step {trainer.global_step} may not be validated: lf-lightning validate --ckpt_path last does it")
 
     # ------------------------------------------------------------------ what
 
@@ -150,6 +162,7 @@ class RunCheckpoint(ModelCheckpoint):
             TrainingStopped: It cannot be written, or what was written is not what was trained.
         """
         target = run_folder(trainer) / "checkpoints" / f"step-{trainer.global_step:08d}"
+        self._is_validation_due = validation_is_due(trainer)
         self._write(trainer, pl_module, target, with_state=True)
         self.saved = {trainer.global_step: target}
         self._prune(trainer)
@@ -199,12 +212,13 @@ class RunCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """The values by which checkpoints are ranked."""
-        return {"values": dict(self.values)}
+        """The values by which checkpoints are ranked, and whether this one's step is still to be validated."""
+        return {"values": dict(self.values), "is_validation_due": self._is_validation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the values of checkpoints that this process did not write."""
         self.values = dict(state_dict["values"])
+        self._is_validation_due = bool(state_dict["is_validation_due"])
 
 
 def _save_state(trainer: Trainer, path: Path) -> None:

@@ -156,13 +156,23 @@ def _append_csv(path: Path, row: dict[str, Any]) -> None:
         hidden.replace(path)
 
 
-def cut_logs(folder: Path, step: int) -> None:
-    """Take back what was logged after a step, and a line that a kill has torn."""
+def cut_logs(folder: Path, step: int, *, is_validated: bool = True) -> None:
+    """Take back what was logged after a step, and a line that a kill has torn.
+
+    Args:
+        folder: Of the run.
+        step: The last one that stays.
+        is_validated: Whether the validation after that step stays too.
+    """
+
+    def stays(at: int, *, is_validation: bool) -> bool:
+        return at < step or (at == step and (is_validated or not is_validation))
+
     for path in (folder / JSONL, folder / SAMPLES):
         if path.is_file():
             lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold other line ends
             rows = [row for line in lines if (row := _parsed(line)) is not None]
-            kept = [row for row in rows if row.get("current_steps", 0) <= step]
+            kept = [row for row in rows if stays(row.get("current_steps", 0), is_validation="loss" not in row)]
             _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     path = folder / CSV
     if path.is_file():
@@ -172,8 +182,9 @@ def cut_logs(folder: Path, step: int) -> None:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
-        whole = [row for row in table if None not in row.values()]
-        writer.writerows(row for row in whole if row["step"].isdigit() and int(row["step"]) <= step)
+        whole = [row for row in table if None not in row.values() and row["step"].isdigit()]
+        kept = [row for row in whole if stays(int(row["step"]), is_validation=not row.get("train/loss"))]
+        writer.writerows(kept)
         _replace(path, text.getvalue())
 
 

@@ -13,12 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.checkpoint import RunCheckpoint
 from lf_lightning.console import say
-from lf_lightning.lightning_private import (
-    send_step_to_loggers,
-    silence_lightnings_signals,
-    validate_now,
-    validation_follows,
-)
+from lf_lightning.lightning_private import send_step_to_loggers, silence_lightnings_signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What ends a run: a scheduler's, the terminal's, and the one that SLURM is asked to send before the time is up."""
@@ -37,7 +32,7 @@ class GracefulStop(Callback):
     The handler sets a flag and does nothing else. After each optimizer step, and after each batch of a validation, the
     ranks agree on the flag, save a checkpoint of the step unless there is one, and raise `Interrupted`; final/ is not
     written. A second SIGINT raises at once and saves nothing. Handlers of before come back when the run is over. A
-    validation that the step still owed, or that was cut off, is run first when the run goes on.
+    validation that was cut off is run first when the run goes on.
     """
 
     def __init__(self) -> None:
@@ -45,7 +40,6 @@ class GracefulStop(Callback):
         self._before: dict[signal.Signals, Any] = {}
         self._loops: dict[str, Any] | None = None
         self._trainer: Trainer | None = None
-        self._owes_validation = False
 
     # ------------------------------------------------------------------ from set-up to the end
 
@@ -61,17 +55,6 @@ class GracefulStop(Callback):
                 number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
             )  # `... &` of a shell
             self._before = {number: signal.signal(number, self._note) for number in heard}
-        owes, self._owes_validation = self._owes_validation, False
-        if owes and trainer.enable_validation:
-            validate_now(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the step of the checkpoint still owes a validation."""
-        return {"owes_validation": self._owes_validation}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Run a validation that is owed before the first step."""
-        self._owes_validation = bool(state_dict["owes_validation"])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -147,7 +130,6 @@ class GracefulStop(Callback):
             Interrupted: Always.
         """
         self._received, self._is_agreed = number, True
-        self._owes_validation = trainer.validating or validation_follows(trainer)
         ours: list[Callback] = vars(trainer)["callbacks"]
         saving = next((callback for callback in ours if isinstance(callback, RunCheckpoint)), None)
         if saving is None:

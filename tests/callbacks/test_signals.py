@@ -79,7 +79,9 @@ def told(run: Path) -> list[tuple[int, float | None, float | None]]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-@pytest.mark.parametrize(("hook", "step", "saved"), CASES, ids=["first step", "second step", "third step", "validation"])
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"), CASES, ids=["first step", "second step", "third step", "validation"]
+)
 def test_a_resume_after_a_signal_reaches_the_weights_of_a_run_without_one(
     hook: str, step: int, saved: int, number: signal.Signals, code: int, tmp_path: Path, straight: Path
 ):
