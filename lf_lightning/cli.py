@@ -14,7 +14,6 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lf_lightning.callbacks import PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
 from lf_lightning.callbacks.folder import check_whole, complete_checkpoints
@@ -126,10 +125,6 @@ def fit(argv: list[str]) -> int:
     ckpt_path = last_checkpoint(folder) if asked == "last" else _state_file(asked)
     if asked == "last" and ckpt_path is None:
         say(f"no complete checkpoint in {folder}: starting afresh")
-    if ckpt_path is not None and isinstance(cli.trainer.strategy, ModelParallelStrategy):
-        raise InputError(
-            "--ckpt_path: cannot continue a run under ModelParallelStrategy yet, got one. Use trainer.strategy: ddp."
-        )
     if ckpt_path is not None:
         check_whole(ckpt_path.parent.parent)
     elif not cli.config.overwrite:

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def global_seed() -> int:
     """The value of the last `seed_everything`, 0 before any; lightning 2.6 keeps it in PL_GLOBAL_SEED only."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def share_over_all_ranks(strategy: ModelParallelStrategy) -> None:
+    """Let all ranks share the model as data-parallel ones; lightning 2.6 takes their number only before it is known."""
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+    strategy._tensor_parallel_size = 1
 
 
 def parser_schema(parser: ArgumentParser) -> dict[str, Any]:

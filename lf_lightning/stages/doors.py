@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
+from lf_lightning.stages.fsdp2 import FSDP2Strategy
 from lf_lightning.types import InputError
 
 
@@ -34,19 +35,12 @@ def check_trainer(trainer: Trainer) -> None:
         InputError: The strategy or the precision is not one that the step contract holds for.
     """
     strategy: Any = trainer.strategy
-    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy)
     if not known or isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy by inheritance
         raise InputError(
-            "trainer.strategy: must be auto, ddp or ModelParallelStrategy (FSDP2), "
+            "trainer.strategy: must be auto, ddp or fsdp2, "
             f"got {type(strategy).__name__}. Choose one of these."
         )
-    if isinstance(strategy, ModelParallelStrategy):
-        shared = strategy.device_mesh["tensor_parallel"].size()
-        if shared != 1:
-            raise InputError(
-                f"trainer.strategy.init_args.tensor_parallel_size: must be 1, got {shared}. "
-                f"Set data_parallel_size: {trainer.world_size} and tensor_parallel_size: 1."
-            )
     if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
         raise InputError(
             f"trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. "

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lf_lightning.callbacks.predictions import from_all_ranks
 from lf_lightning.models import SamplingSpec
 from lf_lightning.models.rewards import Reward, RewardBatch, combined_scores
+from lf_lightning.stages.building import sharing_mesh
 from lf_lightning.types import InputError, PromptBatch, Response, Sample, TrainingStopped
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _seed(*numbers: int) -> int:
 
 def _scored(stage: RolloutStage, batch: PromptBatch, responses: Sequence[Response]) -> list[Response]:
     """The responses with their scores."""
-    tokenizer, sharded = stage.data.tokenizer, isinstance(stage.trainer.strategy, ModelParallelStrategy)
+    tokenizer, sharded = stage.data.tokenizer, sharing_mesh(stage) is not None
     # where weights are sharded all ranks must run a reward adapter equally often, on fillers too
     chosen = [place for place, response in enumerate(responses) if response.row >= 0 or sharded]
     if not chosen:
