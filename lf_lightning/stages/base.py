@@ -172,7 +172,7 @@ class Stage(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Refuse what would train wrong numbers, and tell the data how many prompts go together."""
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, self.task)
         if self.data is not None:
             self.data.predict_batch_size = self.generation.batch_size
 
