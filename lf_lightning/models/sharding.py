@@ -61,6 +61,7 @@ def check_sharded(backbone: Backbone) -> None:
     Raises:
         InputError: A parameter trains and is not cut over the ranks.
     """
+    cut_again(backbone)
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise InputError(

@@ -8,7 +8,7 @@ from lf_lightning.console import say
 from lf_lightning.models import Backbone, load_backbone
 from lf_lightning.models.export import load_weights
 from lf_lightning.models.probe import check_output_layer
-from lf_lightning.models.sharding import check_sharded, shard
+from lf_lightning.models.sharding import check_sharded, cut_again, shard
 from lf_lightning.stages.fsdp2 import FSDP2Strategy
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def build_backbone(stage: Stage) -> Backbone:
     if stage.weights_folder is not None:
         load_weights(backbone, stage.weights_folder)
     check_output_layer(backbone)
+    cut_again(backbone)
     trained, everything = backbone.num_parameters()
     share = f", {trained:,} of them train ({100 * trained / everything:.2f} %)"
     place = f" on {stage.trainer.world_size} x {stage.trainer.strategy.root_device}"
