@@ -17,9 +17,9 @@ PAGE = Path(__file__).parent / "support-matrix.md"
 
 HEAD = """# What runs with what
 
-Made by `python docs/make_support_matrix.py`, which asks the functions that refuse a run (`lf_lightning/stages/doors.py`):
-change them, not a line here. A run that is refused ends before the model is loaded, with exit code 2 and the line that
-stands under the tables.
+Made by `python docs/make_support_matrix.py`, which asks the function that refuses a run, `check_run` in
+`lf_lightning/stages/doors.py`: change it, not a line here. A run that is refused ends before the model is loaded, with
+exit code 2 and the line that stands under the tables.
 
 The tuning decides nothing here: {tunings} are the same in every cell.
 [strategies.md](strategies.md) says which strategy to take.

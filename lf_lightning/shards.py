@@ -55,7 +55,7 @@ def fill_from(parameter: Tensor, other: Tensor) -> None:
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor without gradient; of one that is cut, every rank must ask."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def without_storage(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

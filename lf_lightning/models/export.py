@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.parts import read_parts
-from lf_lightning.shards import cut, fill, fill_from, rows_of, whole_tensor
 from lf_lightning.models.sharding import cut_again
 from lf_lightning.models.tensor_files import tensor_files
 from lf_lightning.models.value_head_files import SCORE, load_value_head
+from lf_lightning.shards import cut, fill, fill_from, rows_of, whole_tensor
 from lf_lightning.types import InputError
 
 TRAINABLE = "trainable.safetensors"

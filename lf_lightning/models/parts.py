@@ -1,8 +1,8 @@
 """Models of which each rank reads only its own rows from the files, so that no rank ever holds a whole one.
 
-transformers builds a model without storage, then loads it; between the two its parameters are cut here, and it then reads
-of each tensor the rows of this rank, converted to its own arrangement where a family has one. Until `shard` makes groups
-of them, the parameters have shapes and a device but no storage: adapters and heads are added to them as to any model.
+transformers builds a model without storage, then loads it; between the two its parameters are cut here, and it then
+reads of each tensor the rows of this rank, converted to its own arrangement where a family has one. Until `shard` makes
+groups of them, the parameters have shape and device but no storage: adapters and heads are added as to any model.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def put_parts(model: nn.Module, parts: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if name in parts:
             sharded: Any = parameter.detach()
-            local = parts.pop(name).to(sharded.device_mesh.device_type, parameter.dtype)
+            # a copy: on the CPU the rows are a window on the file
+            local = parts.pop(name).to(sharded.device_mesh.device_type, parameter.dtype, copy=True)
             new[parameter] = nn.Parameter(
                 cut(local, sharded.device_mesh, sharded), requires_grad=parameter.requires_grad
             )

@@ -249,9 +249,7 @@ def load_reference(
     return Reference(own.eval(), is_separate=True)
 
 
-def _load_own(
-    spec: ReferenceSpec, kind: Kind, backbone_spec: BackboneSpec, tuning: Tuning, **options: Any
-) -> Backbone:
+def _load_own(spec: ReferenceSpec, kind: Kind, backbone_spec: BackboneSpec, tuning: Tuning, **options: Any) -> Backbone:
     """A model beside the policy, in the policy's types or in those of the spec."""
     upcasts = spec.dtype is None and not isinstance(tuning, LoRA)  # as a policy does whose own weights train
     backbone_spec = replace(backbone_spec, gradient_checkpointing=False)

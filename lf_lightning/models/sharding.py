@@ -29,7 +29,9 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     data_parallel = mesh["data_parallel"]
     parts = {name: backbone.parts[each] for name, each in backbone.named_parameters() if each in backbone.parts}
     meta = {
-        each: nn.Parameter(torch.empty_like(each, device="meta", memory_format=torch.contiguous_format), each.requires_grad)
+        each: nn.Parameter(
+            torch.empty_like(each, device="meta", memory_format=torch.contiguous_format), each.requires_grad
+        )
         for each in backbone.parts
     }
     replace_parameters(backbone, meta)
@@ -48,7 +50,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
 
 
 def cut_again(backbone: Backbone) -> None:
-    """Let go of what the last forward left whole: the root's parameters, which are then plain copies of the real ones."""
+    """Let go of what the last forward left whole: the root's parameters, then plain copies of the real ones."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(backbone, FSDPModule):

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lf_lightning.shards import fill, whole_tensor
 from lf_lightning.models.tensor_files import tensor_files
+from lf_lightning.shards import fill, whole_tensor
 from lf_lightning.types import InputError
 
 if TYPE_CHECKING:

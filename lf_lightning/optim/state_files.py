@@ -1,8 +1,8 @@
 """What an optimizer remembers of parameters that are cut over ranks: each rank writes its rows, anyone reads any rows.
 
-In trainer_state/ lies one safetensors file for each rank that wrote; `state.ckpt` holds what is not cut (steps, options of
-the groups) and the shapes. So saving gathers nothing, and the same checkpoint continues on any number of ranks, cut or
-not. Parameters go by their number in the optimizer, as torch's own `state_dict` has them.
+In trainer_state/ lies one safetensors file for each rank that wrote; `state.ckpt` holds what is not cut (steps, options
+of the groups) and the shapes. So saving gathers nothing, and the same checkpoint continues on any number of ranks, cut
+or not. Parameters go by their number in the optimizer, as torch's own `state_dict` has them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lf_lightning.shards import cut, own_rows, rows_of
 from lf_lightning.types import InputError
 
 State = dict[str, Any]
-"""As `Optimizer.state_dict` gives it; with `cut` (parameter -> name -> shape) and `num_files` where parts lie in files."""
+"""Of `Optimizer.state_dict`, with `cut` (parameter -> name -> shape) and `num_files` where rows lie in files."""
 
 
 def save_rows(states: list[State], folder: Path) -> list[State]:

@@ -29,7 +29,7 @@ CLASSES: dict[str, type] = {
 REFUSED_STRATEGIES = {
     "deepspeed": "DeepSpeed is not supported: fsdp2 shards the same things.",
     "fsdp": "FSDP of the first generation is not supported: use fsdp2.",
-    "model_parallel": "Use fsdp2, which is this strategy over all ranks; tensor parallelism and HSDP are not supported.",
+    "model_parallel": "Use fsdp2, which is this strategy over all ranks; tensor parallelism and HSDP are not known.",
 }
 """What to do instead, in the words of the error."""
 
@@ -99,9 +99,7 @@ def check_run(*, strategy: str | type, precision: str | int | None, accelerator:
             "are unscaled, got 16-mixed. Use bf16-mixed."
         )
     if task in ("ppo", "grpo"):
-        raise InputError(
-            "trainer.precision: must be 32-true or bf16-mixed for rollouts, got 16-mixed. Use bf16-mixed."
-        )
+        raise InputError("trainer.precision: must be 32-true or bf16-mixed for rollouts, got 16-mixed. Use bf16-mixed.")
 
 
 def strategy_kind(strategy: str | type) -> str:

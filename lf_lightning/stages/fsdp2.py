@@ -32,7 +32,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(self, timeout_seconds: float = 1800.0, process_group_backend: str | None = None) -> None:
         timeout = timedelta(seconds=timeout_seconds)
-        super().__init__(process_group_backend=process_group_backend, timeout=timeout, save_distributed_checkpoint=False)
+        super().__init__(
+            process_group_backend=process_group_backend, timeout=timeout, save_distributed_checkpoint=False
+        )
 
     def setup_environment(self) -> None:
         """Start the ranks, all of which share the model."""
@@ -65,7 +67,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Whether weights wait for the optimizer: they are cut once the model is built, and go in as everywhere else."""
+        """Whether weights wait for the optimizer: once the model is built they go in, as everywhere else."""
         return False
 
     @property

@@ -7,6 +7,7 @@ writes <folder>/<case>.<rank>.pt for every case, and <folder>/<case>/ as a check
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -44,24 +45,40 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def is_mapped(address: int) -> bool:
+    """Whether memory at an address is a window on a file of weights."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            start, _, end = line.split()[0].partition("-")
+            if int(start, 16) <= address < int(end, 16):
+                return True
+    return False
+
+
 class Storages(TorchDispatchMode):
-    """Bytes of every distinct storage that operations gave while this was on; an upper bound of what lived at once."""
+    """Bytes of the memory of what operations gave while this was on: more than what lived at once.
+
+    A window on a file that is mapped is no memory.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: dict[int, Tensor] = {}
+        self.kept: list[Tensor] = []
+        self.found: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for each in tree_leaves(found):
             if isinstance(each, Tensor) and not isinstance(each, DTensor) and each.device.type == "cpu":
-                self.kept[each.untyped_storage().data_ptr()] = each  # kept, so that no address is used twice
+                storage = each.untyped_storage()
+                if storage.data_ptr() not in self.found:
+                    self.kept.append(each)  # so that no address is used twice
+                    self.found[storage.data_ptr()] = 0 if is_mapped(storage.data_ptr()) else storage.nbytes()
         return found
 
     def sizes(self) -> list[int]:
-        """Bytes of each storage of more than 256 bytes, largest first; smaller are counters and norms."""
-        sizes = (each.untyped_storage().nbytes() for each in self.kept.values())
-        return sorted((size for size in sizes if size > 256), reverse=True)
+        """Bytes of each, largest first."""
+        return sorted(self.found.values(), reverse=True)
 
 
 def load(case: dict[str, Any], folder: Path, mesh: DeviceMesh | None) -> Backbone:
@@ -146,7 +163,7 @@ def seen(name: str, case: dict[str, Any], folder: Path, rank: int) -> dict[str, 
         step(one, optimizers[0], [0, 1])
         step(cut, optimizers[1], [rank])
     found["plain after"], found["cut after"] = values(one), values(cut)
-    found["plain state"] = optimizers[0].state_dict()
+    found["plain state"] = copy.deepcopy(optimizers[0].state_dict())
     save(cut, optimizers[1], folder / name, rank)
     again = load(case, folder, mesh)
     load_weights(again, folder / name)
@@ -159,7 +176,7 @@ def seen(name: str, case: dict[str, Any], folder: Path, rank: int) -> dict[str, 
     whole = load(case, folder, mesh)
     load_weights(whole, folder / name)
     optimizer = adamw(whole)
-    load_rows([optimizer], [found["plain state"]], folder)
+    load_rows([optimizer], [copy.deepcopy(found["plain state"])], folder)
     step(whole, optimizer, [rank])
     found["third from whole"] = values(whole)
     return found

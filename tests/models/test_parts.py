@@ -35,7 +35,7 @@ BASES: dict[str, dict[str, Any]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("parts")
     for name, changes in BASES.items():
-        values = {**LLAMA, "vocab_size": WORDS, "intermediate_size": 27, **changes}
+        values = {**LLAMA, "vocab_size": WORDS, "intermediate_size": 28, **changes}
         dtype = getattr(torch, values.pop("dtype", "float32"))  # by name, as a config has it
         torch.manual_seed(1)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -73,13 +73,13 @@ def test_a_model_read_in_parts_has_the_weights_buffers_and_adapters_of_one_read_
 def test_no_rank_holds_more_than_its_part_while_a_model_is_read(seen: Seen, name: str):
     for found in seen[name]:
         assert found["whole"] == []
-        assert found["local"] < 0.56 * found["bytes"]
-        assert sum(found["storages"]) < 0.9 * found["bytes"], "all that was ever made, and much of it one after another"
-
-
-def test_the_embedding_is_never_whole_on_a_rank(seen: Seen):
-    for found in seen["full"]:
-        assert found["storages"][0] < 0.6 * WORDS * LLAMA["hidden_size"] * 4
+        share = 2 / 3 if name == "experts" else 0.52  # two of three experts on one rank
+        largest = max(each.nbytes for each in found["plain"].values())
+        assert found["local"] < share * found["bytes"]
+        assert found["storages"][0] <= 1.01 * share * largest, "no large tensor is ever whole"
+        added = sum(each.nbytes for key, each in found["plain"].items() if "lora_" in key or "value_head" in key)
+        times = 2.4 if name == "experts" else 1.3  # experts lie one by one in the files, and are stacked
+        assert sum(found["storages"]) < times * share * (found["bytes"] - added) + 5 * added, "adapters are drawn whole"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,14 +108,14 @@ def test_an_optimizer_of_whole_parameters_is_continued_in_parts(seen: Seen, name
 def test_one_process_reads_weights_and_optimizer_that_two_ranks_wrote(seen: Seen, folder: Path, name: str):
     one = parts_run.load(CASES[name], folder, None)
     load_weights(one, folder / name)
-    assert furthest(dict(one.named_parameters()), seen[name][0]["cut after"]) == 0
+    assert furthest(parts_run.values(one), seen[name][0]["cut after"]) == 0
     state = folder / name / "trainer_state"
     (got,) = whole_states(torch.load(state / "state.ckpt"), state)
     want = seen[name][0]["plain state"]
     assert got["state"].keys() == want["state"].keys()
     for number, values in want["state"].items():
         assert got["state"][number].keys() == values.keys()
-        assert furthest(got["state"][number], values) < 1e-3
+        assert furthest(got["state"][number], values) < 1e-3, number
     parts_run.adamw(one).load_state_dict(got)
 
 

@@ -36,7 +36,7 @@ def ask(**changes: Any) -> None:
     [
         (FSDPStrategy, "FSDPStrategy", "use fsdp2"),
         (DeepSpeedStrategy, "DeepSpeedStrategy", "DeepSpeed is not supported"),
-        (ModelParallelStrategy, "ModelParallelStrategy", "tensor parallelism and HSDP are not supported"),
+        (ModelParallelStrategy, "ModelParallelStrategy", "tensor parallelism and HSDP are not known"),
         ("deepspeed_stage_3", "deepspeed_stage_3", "DeepSpeed is not supported"),
         ("fsdp", "fsdp", "use fsdp2"),
         ("xla", "xla", "Choose one of these"),
