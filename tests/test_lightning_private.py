@@ -6,9 +6,12 @@ from typing import Literal
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lf_lightning.lightning_private import global_seed, parser_schema
+from lf_lightning.lightning_private import global_seed, parser_schema, share_over_all_ranks
 
 
 def test_the_global_seed_is_that_of_the_last_seed_everything(monkeypatch: pytest.MonkeyPatch):
@@ -23,6 +26,23 @@ def test_without_seed_everything_the_global_seed_is_zero(monkeypatch: pytest.Mon
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     assert global_seed() == 0
     assert "PL_GLOBAL_SEED" not in os.environ
+
+
+def test_all_ranks_of_all_nodes_share_the_model_as_data_parallel_ones(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(
+        "lightning.pytorch.strategies.model_parallel._setup_device_mesh", lambda *sizes: asked.append(sizes)
+    )
+    monkeypatch.setattr(ModelParallelStrategy, "_setup_distributed", lambda self: None)
+    monkeypatch.setattr(ModelParallelStrategy, "world_size", 6)
+    strategy = ModelParallelStrategy()
+    strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 3, 2
+    strategy.cluster_environment = LightningEnvironment()
+    strategy._lightning_module = LightningModule()
+    strategy.accelerator = CPUAccelerator()
+    share_over_all_ranks(strategy)
+    strategy.setup_environment()
+    assert asked[0][:2] == (6, 1)
 
 
 class Fruit:
