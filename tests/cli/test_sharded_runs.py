@@ -59,32 +59,32 @@ def furthest(one: Path, other: Path) -> float:
     return max(float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want)
 
 
-def test_a_run_that_shares_its_model_is_killed_and_continued_on_any_ranks(tmp_path: Path) -> None:
-    finish(start(tmp_path, shared(tmp_path / "straight")), tmp_path)
-    killed = start(tmp_path, shared(tmp_path / "killed"))
+def test_a_run_that_shares_its_model_is_killed_and_continued_on_any_ranks(here: Path) -> None:
+    finish(start(here, shared(here / "straight")), here)
+    killed = start(here, shared(here / "killed"))
     try:
-        manifest = tmp_path / "killed" / "checkpoints" / "step-00000002" / "manifest.json"
+        manifest = here / "killed" / "checkpoints" / "step-00000002" / "manifest.json"
         end = time.monotonic() + LIMIT
         while not manifest.exists() and killed.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
     finally:
         kill(killed)
-    assert manifest.exists(), (tmp_path / "log").read_text()[-3000:]
-    shutil.copytree(tmp_path / "killed", tmp_path / "others")
-    finish(start(tmp_path, shared(tmp_path / "killed"), "--ckpt_path", "last"), tmp_path)
-    assert weights(tmp_path / "killed" / "final") == weights(tmp_path / "straight" / "final")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert manifest.exists(), (here / "log").read_text()[-3000:]
+    shutil.copytree(here / "killed", here / "others")
+    finish(start(here, shared(here / "killed"), "--ckpt_path", "last"), here)
+    assert weights(here / "killed" / "final") == weights(here / "straight" / "final")
+    assert losses(here / "killed") == losses(here / "straight")
 
-    for later in steps(tmp_path / "others")[1:]:  # where the kill came late
-        shutil.rmtree(tmp_path / "others" / "checkpoints" / later)
-    alone = config(tmp_path / "others", trainer__max_steps=4, checkpoint__every_n_steps=2)
-    assert lightning("fit", tmp_path, alone, "--ckpt_path", "last") == 0
-    finish(start(tmp_path, shared(tmp_path / "others", "ddp"), "--ckpt_path", "last"), tmp_path)
-    assert steps(tmp_path / "others") == [f"step-{step:08d}" for step in (2, 4, 6)]
-    assert furthest(tmp_path / "others" / "final", tmp_path / "straight" / "final") < 1e-5
-    names = [sorted(path.name for path in (tmp_path / run / "final").iterdir()) for run in ("others", "straight")]
+    for later in steps(here / "others")[1:]:  # where the kill came late
+        shutil.rmtree(here / "others" / "checkpoints" / later)
+    alone = config(here / "others", trainer__max_steps=4, checkpoint__every_n_steps=2)
+    assert lightning("fit", here, alone, "--ckpt_path", "last") == 0
+    finish(start(here, shared(here / "others", "ddp"), "--ckpt_path", "last"), here)
+    assert steps(here / "others") == [f"step-{step:08d}" for step in (2, 4, 6)]
+    assert furthest(here / "others" / "final", here / "straight" / "final") < 1e-4
+    names = [sorted(path.name for path in (here / run / "final").iterdir()) for run in ("others", "straight")]
     assert names[0] == names[1], "the same files whatever the strategy"
-    state = torch.load(tmp_path / "straight/checkpoints/step-00000002/trainer_state/state.ckpt", weights_only=True)
+    state = torch.load(here / "straight/checkpoints/step-00000002/trainer_state/state.ckpt", weights_only=True)
     assert state["state_dict"] == {}
 
 
