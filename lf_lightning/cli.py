@@ -14,7 +14,6 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lf_lightning.callbacks import Interrupted, PlainProgress, RunCheckpoint, RunFolder, last_checkpoint
 from lf_lightning.callbacks.folder import check_whole, complete_checkpoints
@@ -29,6 +28,7 @@ from lf_lightning.optim import OptimizerSpec
 from lf_lightning.refusal import check_top_keys, refusal
 from lf_lightning.stages import STAGES as STAGE_CLASSES
 from lf_lightning.stages import Stage
+from lf_lightning.stages.doors import check_run
 from lf_lightning.types import InputError
 
 STAGES = {stage.__name__: stage.task for stage in STAGE_CLASSES}
@@ -135,10 +135,6 @@ def fit(argv: list[str]) -> int:
     ckpt_path = last_checkpoint(folder) if asked == "last" else _state_file(asked)
     if asked == "last" and ckpt_path is None:
         say(f"no complete checkpoint in {folder}: starting afresh")
-    if ckpt_path is not None and isinstance(cli.trainer.strategy, ModelParallelStrategy):
-        raise InputError(
-            "--ckpt_path: cannot continue a run under ModelParallelStrategy yet, got one. Use trainer.strategy: ddp."
-        )
     if ckpt_path is not None:
         check_whole(ckpt_path.parent.parent)
     elif not cli.config.overwrite:
@@ -268,11 +264,6 @@ def check_config(config: Namespace) -> None:
             f"trainer.gradient_clip_val: must be null, got {trainer.gradient_clip_val}. "
             "Set model.init_args.max_grad_norm."
         )
-    if trainer.precision not in (None, 32, "32", "32-true", "bf16-mixed", "16-mixed"):
-        raise InputError(
-            f"trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. "
-            "Set model.init_args.backbone.dtype for the type of the weights."
-        )
     if trainer.val_check_interval is not None and trainer.val_check_interval <= 0:
         raise InputError(
             f"trainer.val_check_interval: must be positive, got {trainer.val_check_interval}. "
@@ -286,6 +277,25 @@ def check_config(config: Namespace) -> None:
             "model.init_args.optimizer.init_args.fused: must be false with trainer.precision: 16-mixed, got true. "
             "Change one of them."
         )
+    check_combination(config)
+
+
+def check_combination(config: Namespace) -> None:
+    """Refuse a strategy or precision that the stage cannot train with, before anything is loaded.
+
+    Raises:
+        InputError: As said.
+    """
+    strategy: Any = config.trainer.strategy
+    if isinstance(strategy, Namespace):
+        strategy = resolve_name(strategy.class_path)
+    accelerator = config.trainer.accelerator
+    check_run(
+        strategy=strategy if isinstance(strategy, str | type) else type(strategy),
+        precision=config.trainer.precision,
+        accelerator=accelerator if isinstance(accelerator, str) else "auto",
+        task=task_of(config.model.class_path),
+    )
 
 
 def _state_file(asked: str | None) -> Path | None:

@@ -10,6 +10,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment  # type: igno
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def global_seed() -> int:
@@ -82,6 +83,12 @@ def align_counts(trainer: Trainer) -> None:
     batches.ready, batches.started, batches.processed, batches.completed = step + 1, step, step, step
     for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
         epochs.ready, epochs.started, epochs.processed, epochs.completed = epoch + 1, epoch + 1, epoch, epoch
+
+
+def share_over_all_ranks(strategy: ModelParallelStrategy) -> None:
+    """Let all ranks share the model as data-parallel ones; lightning 2.6 takes their number only before it is known."""
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+    strategy._tensor_parallel_size = 1
 
 
 def parser_schema(parser: ArgumentParser) -> dict[str, Any]:

@@ -21,7 +21,7 @@ FLOORS = {
     **dict.fromkeys(("cli", "refusal", "__main__", "commands", "quickstart"), 3),
     **dict.fromkeys(("stages", "callbacks"), 2),
     **dict.fromkeys(("losses", "data", "models", "optim"), 1),
-    **dict.fromkeys(("types", "console", "lightning_private", "__init__"), 0),
+    **dict.fromkeys(("types", "console", "shards", "lightning_private", "__init__"), 0),
 }
 WRAPPED = ("lightning", "pytorch_lightning", "lightning_fabric", "jsonargparse")  # private in one module only
 Function = ast.FunctionDef | ast.AsyncFunctionDef

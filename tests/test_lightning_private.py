@@ -9,9 +9,12 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lf_lightning.lightning_private import (
     align_counts,
@@ -19,6 +22,7 @@ from lf_lightning.lightning_private import (
     parser_schema,
     run_validation,
     send_step_to_loggers,
+    share_over_all_ranks,
     silence_lightnings_signals,
     validation_is_due,
 )
@@ -70,6 +74,23 @@ def test_validation_is_due_exactly_where_it_comes(options: dict[str, Any], tmp_p
     assert sorted(asks.asked) == [1, 2, 3, 4, 5, 6, 7]
     assert [step for step, asked in asks.asked.items() if asked] == asks.came
     assert bool(asks.came) == (options["val_size"] > 0 and "limit_val_batches" not in options)
+
+
+def test_all_ranks_of_all_nodes_share_the_model_as_data_parallel_ones(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(
+        "lightning.pytorch.strategies.model_parallel._setup_device_mesh", lambda *sizes: asked.append(sizes)
+    )
+    monkeypatch.setattr(ModelParallelStrategy, "_setup_distributed", lambda self: None)
+    monkeypatch.setattr(ModelParallelStrategy, "world_size", 6)
+    strategy = ModelParallelStrategy()
+    strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 3, 2
+    strategy.cluster_environment = LightningEnvironment()
+    strategy._lightning_module = LightningModule()
+    strategy.accelerator = CPUAccelerator()
+    share_over_all_ranks(strategy)
+    strategy.setup_environment()
+    assert asked[0][:2] == (6, 1)
 
 
 class Fruit:

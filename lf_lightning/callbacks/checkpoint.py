@@ -9,11 +9,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lf_lightning.callbacks.folder import STATE, complete_checkpoints, remove_checkpoint, run_folder, step_of
 from lf_lightning.callbacks.run_log import cut_logs, read_log
-from lf_lightning.callbacks.saving import Saving, StateFile
+from lf_lightning.callbacks.saving import KeepsErrors, Saving, StateFile
 from lf_lightning.console import say
 from lf_lightning.lightning_private import align_counts, run_validation, validation_is_due
 from lf_lightning.models.saved import adapter_digest, check_saved
@@ -71,7 +70,7 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the state of a resume be written in a way that tells all ranks of errors."""
         strategy = trainer.strategy
-        if not isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy.checkpoint_io, StateFile):
+        if not isinstance(strategy, KeepsErrors) and not isinstance(strategy.checkpoint_io, StateFile):
             strategy.checkpoint_io = StateFile(strategy.checkpoint_io)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,6 +179,9 @@ class RunCheckpoint(ModelCheckpoint):
         saving = Saving(trainer, target)
         saving.begin(with_state=with_state)
         saving.do(lambda: stage.save_pretrained(saving.folder))
+        if with_state:
+            saving.settle()  # what comes next looks at what was written
+            saving.do(lambda: stage.save_unnamed(saving.folder))
         for callback in vars(trainer)["callbacks"]:
             if isinstance(callback, SavesPretrained):
                 saving.do(partial(callback.on_save_pretrained, trainer, pl_module, saving.folder))
@@ -224,10 +226,9 @@ class RunCheckpoint(ModelCheckpoint):
 def _save_state(trainer: Trainer, path: Path) -> None:
     """Write what only a resume needs."""
     trainer.save_checkpoint(path)
-    if not isinstance(trainer.strategy, ModelParallelStrategy):
-        file = trainer.strategy.checkpoint_io
-        assert isinstance(file, StateFile)
-        file.raise_kept()
+    writer = trainer.strategy if isinstance(trainer.strategy, KeepsErrors) else trainer.strategy.checkpoint_io
+    assert isinstance(writer, KeepsErrors)
+    writer.raise_kept()
 
 
 class AdapterChange:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Trainer
@@ -85,6 +85,14 @@ class Saving:
         check()
         sync_folder(self.folder)
         name_folder(self.folder, self._target)
+
+
+@runtime_checkable
+class KeepsErrors(Protocol):
+    """What writes the state of a resume, and lets every rank reach the next collective before it raises."""
+
+    def raise_kept(self) -> None:
+        """Raise what went wrong in the last save, as OSError."""
 
 
 class StateFile(CheckpointIO):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lf_lightning.models.tensor_files import refuse_pickles
+from lf_lightning.shards import has_storage, without_storage
 from lf_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -190,7 +192,16 @@ def upcast_trainable(model: nn.Module) -> None:
     """Hold every trainable parameter in float32 at least: half precision would round small updates away."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+            real = has_storage(parameter)  # otherwise each rank has its rows elsewhere
+            parameter.data = parameter.data.float() if real else without_storage(parameter, torch.float32)
+
+
+def copies_modules(tuning: Tuning) -> bool:
+    """Whether peft will copy whole layers of the model, for an adapter that brings trained copies of its own."""
+    if not isinstance(tuning, LoRA) or tuning.adapter is None:
+        return False
+    path = Path(tuning.adapter) / "adapter_config.json"
+    return path.is_file() and bool(json.loads(path.read_text()).get("modules_to_save"))
 
 
 def _check_targets(model: nn.Module, target: list[str]) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from lf_lightning.models.parts import Parts
     from lf_lightning.models.value_head import ValueHead
 
 
@@ -30,6 +31,8 @@ class Backbone(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
+        self.parts: Parts = {}
+        """This rank's rows of parameters that have no storage yet; `shard` puts them in."""
         self.value_head: ValueHead | None = None
         """What turns hidden states into scores; only the backbone of a reward model has one."""
         self._padded_kernel: str = self.causal_lm.config._attn_implementation or "eager"

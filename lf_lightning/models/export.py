@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
-from lf_lightning.models.tensor_files import tensor_files
+from lf_lightning.models.parts import read_parts
+from lf_lightning.models.sharding import cut_again
+from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import SCORE, load_value_head
+from lf_lightning.shards import cut, fill, fill_from, rows_of, whole_tensor
 from lf_lightning.types import InputError
 
 TRAINABLE = "trainable.safetensors"
@@ -33,7 +36,7 @@ def save_weights(backbone: Backbone, folder: Path, *, base: str | None, writes: 
         writes: Whether this rank writes; only one may.
     """
     model: Any = backbone.model
-    state = _whole_state(model)
+    state = _gathered(backbone, keeps=writes)
     if not writes:
         return
     if backbone.is_adapter:
@@ -44,33 +47,57 @@ def save_weights(backbone: Backbone, folder: Path, *, base: str | None, writes: 
         model.save_pretrained(folder, state_dict=state)
 
 
-def _whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The gathered weights of a sharded model, on the first rank and on the CPU; None where nothing is sharded."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+def _gathered(backbone: Backbone, *, keeps: bool) -> dict[str, Tensor] | None:
+    """What is written of a sharded model, whole and on the CPU, one tensor after the other; None where none is sharded.
+
+    A tensor with several names is one tensor here too, so that it is written once. Ranks that do not keep them hold one
+    at a time.
+    """
+    cut_again(backbone)
+    model = backbone.model
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         return None
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    known: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, held in model.state_dict().items():
+        if backbone.is_adapter and TRAINED not in name.split("."):
+            continue
+        key = id(parameters.get(name, held))
+        if key not in known:
+            whole = whole_tensor(parameters.get(name, held))
+            known[key] = whole.cpu() if keeps else torch.empty(0)
+        state[name] = known[key]
+    return state
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: Any = get_model_state_dict(model, options=options)
-    return dict(state)
 
-
-def save_unnamed_weights(backbone: Backbone, folder: Path) -> None:
-    """Write the trained parameters that `folder` does not hold under their own names to `folder`/trainer_state.
+def unnamed_weights(backbone: Backbone, folder: Path) -> list[str]:
+    """Names of the trained parameters that `folder` does not hold under these names.
 
     Some families (fused experts) are saved in another arrangement than they are trained in.
     """
     if backbone.is_adapter:
-        return
+        return []
     names = set(tensor_files(folder))
     aliases = tied_names(backbone)
-    missing = {
-        name: parameter.detach().contiguous()
+    return [
+        name
         for name, parameter in backbone.causal_lm.named_parameters()
         if parameter.requires_grad and name not in names and not aliases.get(name, set()) & names
-    }
-    if missing:
-        save_file(missing, folder / "trainer_state" / TRAINABLE)
+    ]
+
+
+def save_named_weights(backbone: Backbone, names: list[str], folder: Path, *, writes: bool) -> None:
+    """Write parameters by our names to `folder`/trainer_state; where they are sharded, every rank must call."""
+    cut_again(backbone)
+    parameters = dict(backbone.causal_lm.named_parameters())
+    tensors = {}
+    for name in names:
+        tensor = whole_tensor(parameters[name])
+        if writes:
+            tensors[name] = tensor.cpu().contiguous()
+    if tensors:
+        save_file(tensors, folder / "trainer_state" / TRAINABLE)
 
 
 def load_weights(backbone: Backbone, folder: Path) -> None:
@@ -79,6 +106,7 @@ def load_weights(backbone: Backbone, folder: Path) -> None:
     Raises:
         InputError: The folder holds no weights, or not those that this model trains.
     """
+    cut_again(backbone)
     if backbone.is_adapter != (folder / "adapter_config.json").is_file():
         want, got = ("an adapter", "none") if backbone.is_adapter else ("a whole model", "an adapter")
         raise InputError(f"{folder}: must hold {want}, as the tuning says, got {got}. Use the run's own tuning.")
@@ -91,30 +119,43 @@ def load_weights(backbone: Backbone, folder: Path) -> None:
 
 
 def _load_model(backbone: Backbone, folder: Path) -> None:
+    files = tensor_files(folder)
     own = folder / "trainer_state" / TRAINABLE
-    tensors = load_file(own) if own.is_file() else {}
-    files, aliases = tensor_files(folder), tied_names(backbone)
+    files |= dict.fromkeys(names_in(own), own) if own.is_file() else {}
+    aliases = tied_names(backbone)
+    converted: dict[str, Tensor] | None = None
     for name, parameter in backbone.causal_lm.named_parameters():
         stored = next((alias for alias in (name, *sorted(aliases.get(name, ()))) if alias in files), None)
-        if name not in tensors and stored is not None:
+        if stored is not None:
             with safe_open(files[stored], "pt") as handle:
-                tensors[name] = handle.get_tensor(stored)
-        if name not in tensors and parameter.requires_grad:
-            tensors = {**_converted(backbone, folder), **tensors}
-        if name in tensors:
-            _copy(parameter, tensors.pop(name), name, folder)
+                rows = handle.get_slice(stored)
+                _check_shape(parameter, rows.get_shape(), name, folder)
+                fill(parameter, rows)
+            continue
+        if parameter.requires_grad and converted is None:
+            converted = _converted(backbone, folder)
+        found = (converted or {}).get(name)
+        if found is not None:
+            _check_shape(parameter, list(found.shape), name, folder)
+            fill_from(parameter, found)
         elif parameter.requires_grad:
             raise InputError(f"{folder}: lacks the trained weight {name}. Give a folder of this configuration.")
 
 
 def _converted(backbone: Backbone, folder: Path) -> dict[str, Tensor]:
     """The weights of a folder in the arrangement in which the model holds them, as transformers converts them."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    cut = next((each for each in backbone.parameters() if isinstance(each, DTensor)), None)
+    answer: Any
     try:
-        answer: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, use_safetensors=True
-        )
+        if cut is not None:
+            config = AutoConfig.from_pretrained(folder)
+            answer = read_parts(str(folder), config, cut.device_mesh, dtype="auto")
+        else:
+            answer = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, use_safetensors=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: must hold the weights of a model, got none that can be read.") from error
     causal_lm, report = answer
@@ -136,6 +177,7 @@ def _load_adapter(backbone: Backbone, folder: Path) -> None:
         tensors = load_file(path)
         if backbone.value_head is not None:
             tensors.pop(SCORE[1], None)
+        tensors = _cut_for(backbone, tensors)
         result: Any = set_peft_model_state_dict(backbone.model, tensors)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
@@ -155,9 +197,20 @@ def tied_names(backbone: Backbone) -> dict[str, set[str]]:
     return {name: names[id(parameter)] for name, parameter in by_name.items() if len(names[id(parameter)]) > 1}
 
 
-@torch.no_grad()
-def _copy(parameter: torch.nn.Parameter, tensor: Tensor, name: str, folder: Path) -> None:
-    if parameter.shape != tensor.shape:
-        got, want = tuple(tensor.shape), tuple(parameter.shape)
+def _cut_for(backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, of which this rank keeps its rows where the adapter is sharded."""
+    like = next((each for each in backbone.parameters() if each.requires_grad and isinstance(each, DTensor)), None)
+    if like is None:
+        return tensors
+    mesh = like.device_mesh
+    rank, size = mesh.get_local_rank(), mesh.size()
+    return {
+        name: cut(whole[rows_of(whole.shape[0], rank, size)].contiguous(), mesh, whole)
+        for name, whole in tensors.items()
+    }
+
+
+def _check_shape(parameter: nn.Parameter, shape: list[int], name: str, folder: Path) -> None:
+    if list(parameter.shape) != shape:
+        got, want = tuple(shape), tuple(parameter.shape)
         raise InputError(f"{folder}: weight {name} must have shape {want}, got {got}. Use the run's own backbone.")
-    parameter.copy_(tensor)

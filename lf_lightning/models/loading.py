@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from lf_lightning.models.adapters import Tuning, upcast_trainable
+from lf_lightning.models.adapters import Tuning, copies_modules, upcast_trainable
 from lf_lightning.models.backbone import Backbone, embedding_rows
+from lf_lightning.models.parts import read_parts, take_parts
 from lf_lightning.models.tensor_files import refuse_pickles
 from lf_lightning.types import BackboneSpec, InputError, torch_dtype
 
@@ -28,6 +31,7 @@ def load_backbone(
     vocab_size: int,
     seed: int,
     device: torch.device | None = None,
+    mesh: DeviceMesh | None = None,
     trains: bool = True,
 ) -> Backbone:
     """Load or build the model, apply the tuning, and leave it in train mode.
@@ -38,6 +42,7 @@ def load_backbone(
         vocab_size: Words of the tokenizer: size of a scratch model's embedding, and a lower bound for any other's.
         seed: Seed of new weights (scratch models, adapters).
         device: Where to build; `meta` builds shapes without weights.
+        mesh: Ranks that will share the model, one dimension: each reads its rows of the files, which `shard` puts in.
         trains: Otherwise everything is frozen, and stays in the type of the spec.
 
     Raises:
@@ -45,8 +50,9 @@ def load_backbone(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(spec, vocab_size, device)
+        model = _build(spec, vocab_size, device, None if copies_modules(tuning) else mesh)
         _check_vocabulary(model, vocab_size)
+        parts = take_parts(model) if any(isinstance(each, DTensor) for each in model.parameters()) else {}
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tuned = tuning.apply(model)
@@ -54,6 +60,7 @@ def load_backbone(
         tuned.requires_grad_(False)
     upcast_trainable(tuned)
     backbone = Backbone(tuned)
+    backbone.parts = parts
     if spec.path is None and backbone.is_adapter:
         raise InputError(
             f"{WHERE}: an adapter needs a base that others can load, got a model from architecture. "
@@ -62,7 +69,9 @@ def load_backbone(
     return backbone.train()
 
 
-def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> PreTrainedModel:
+def _build(
+    spec: BackboneSpec, vocab_size: int, device: torch.device | None, mesh: DeviceMesh | None
+) -> PreTrainedModel:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config = _config(spec, vocab_size)
@@ -76,18 +85,14 @@ def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> 
                 scratch_dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
                 model = AutoModelForCausalLM.from_config(config, dtype=scratch_dtype, attn_implementation=attention)
         else:
-            answer: Any = AutoModelForCausalLM.from_pretrained(
-                spec.path,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=spec.trust_remote_code,
-                revision=spec.revision,
-                output_loading_info=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # _check_complete refuses them, by name
-            )
-            model, report = answer
+            options: dict[str, Any] = {
+                "dtype": dtype,
+                "attn_implementation": attention,
+                "trust_remote_code": spec.trust_remote_code,
+                "revision": spec.revision,
+                "ignore_mismatched_sizes": True,  # _check_complete refuses them, by name
+            }
+            model, report = _read(spec.path, config, mesh, options)
             _check_complete(spec.path, report)
     except InputError:
         raise
@@ -97,6 +102,21 @@ def _build(spec: BackboneSpec, vocab_size: int, device: torch.device | None) -> 
         ) from error
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _read(
+    path: str, config: PretrainedConfig, mesh: DeviceMesh | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any]:
+    """A model from files, whole or this rank's rows, and transformers' report of its weights."""
+    if mesh is not None:
+        return read_parts(path, config, mesh, **options)
+    from transformers import AutoModelForCausalLM
+
+    answer: Any = AutoModelForCausalLM.from_pretrained(
+        path, config=config, output_loading_info=True, use_safetensors=True, **options
+    )
+    model, report = answer
+    return model, report
 
 
 def _check_complete(path: str, report: Any) -> None:

@@ -19,9 +19,14 @@ def check_output_layer(backbone: Backbone) -> None:
         InputError: The model computes its logits in a way that `Backbone.output_layer` does not know.
     """
     input_ids = _words(backbone, 8)
+
+    def both(hidden: Tensor, output_layer: OutputLayer, targets: Tensor) -> tuple[Tensor, Tensor]:
+        own = backbone.causal_lm(input_ids=input_ids, use_cache=False).logits
+        return own.float(), _logits(hidden, output_layer, targets).float()
+
     with _Quiet(backbone), backbone.padded_attention():
-        want = backbone.causal_lm(input_ids=input_ids, use_cache=False).logits.float()
-        got = backbone(_batch(input_ids, documents=None), kernel=_logits).float()
+        # both inside one forward, where weights are whole under every sharding
+        want, got = backbone(_batch(input_ids, documents=None), kernel=both)
     if not _close(got, want, backbone):
         raise InputError(
             f"model.init_args.backbone: the output layer of {type(backbone.causal_lm).__name__} is not a linear layer "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lf_lightning.models.adapters import Full, LoRA, Tuning
@@ -210,7 +211,14 @@ def _adapters_off(policy: Backbone) -> Iterator[None]:
 
 
 def load_reference(
-    spec: ReferenceSpec, policy: Backbone, backbone_spec: BackboneSpec, tuning: Tuning, *, vocab_size: int, seed: int
+    spec: ReferenceSpec,
+    policy: Backbone,
+    backbone_spec: BackboneSpec,
+    tuning: Tuning,
+    *,
+    vocab_size: int,
+    seed: int,
+    mesh: DeviceMesh | None = None,
 ) -> Reference:
     """Make the reference that a spec asks for, before the policy trains or is sharded.
 
@@ -221,6 +229,7 @@ def load_reference(
         tuning: How the policy is tuned.
         vocab_size: Words of the tokenizer.
         seed: As the policy was loaded with.
+        mesh: Ranks that will share a model of the reference's own, as `load_backbone` takes it.
 
     Raises:
         InputError: The kind does not fit the tuning, or the reference model cannot be loaded.
@@ -235,14 +244,12 @@ def load_reference(
             if parameter.requires_grad
         }
         return Reference(policy, is_separate=False, snapshot=trained)
-    own = _load_own(spec, kind, backbone_spec, tuning, vocab_size=vocab_size, seed=seed)
+    own = _load_own(spec, kind, backbone_spec, tuning, vocab_size=vocab_size, seed=seed, mesh=mesh)
     own.requires_grad_(False)
     return Reference(own.eval(), is_separate=True)
 
 
-def _load_own(
-    spec: ReferenceSpec, kind: Kind, backbone_spec: BackboneSpec, tuning: Tuning, *, vocab_size: int, seed: int
-) -> Backbone:
+def _load_own(spec: ReferenceSpec, kind: Kind, backbone_spec: BackboneSpec, tuning: Tuning, **options: Any) -> Backbone:
     """A model beside the policy, in the policy's types or in those of the spec."""
     upcasts = spec.dtype is None and not isinstance(tuning, LoRA)  # as a policy does whose own weights train
     backbone_spec = replace(backbone_spec, gradient_checkpointing=False)
@@ -255,7 +262,7 @@ def _load_own(
         backbone_spec = replace(backbone_spec, trust_remote_code=False)
         tuning = LoRA(adapter=spec.adapter) if spec.adapter else Full() if isinstance(tuning, LoRA) else tuning
     try:
-        return load_backbone(backbone_spec, tuning, vocab_size=vocab_size, seed=seed, trains=upcasts)
+        return load_backbone(backbone_spec, tuning, trains=upcasts, **options)
     except InputError as error:
         if kind == "copy":
             raise

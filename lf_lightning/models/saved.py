@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.export import TRAINABLE, TRAINED, tied_names
-from lf_lightning.models.tensor_files import tensor_files
+from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import WEIGHT, read_head
 from lf_lightning.types import InputError, TrainingStopped
 
@@ -42,7 +42,7 @@ def _expected(backbone: Backbone, folder: Path) -> Iterator[tuple[str, torch.Siz
     files = tensor_files(folder)
     own = folder / "trainer_state" / TRAINABLE
     if own.is_file():
-        files |= tensor_files(own.parent)
+        files |= dict.fromkeys(names_in(own), own)
     is_adapter = backbone.is_adapter
     aliases = {} if is_adapter else tied_names(backbone)
     trained = backbone.model if is_adapter else backbone.causal_lm

@@ -13,18 +13,29 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lf_lightning.models.adapters import decoder_blocks
 from lf_lightning.models.backbone import Backbone
-from lf_lightning.types import IGNORE, Document, TokenBatch
+from lf_lightning.models.parts import put_parts
+from lf_lightning.shards import replace_parameters
+from lf_lightning.types import IGNORE, Document, InputError, TokenBatch
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     """Shard every block, and the rest with the root, over the data-parallel dimension of a mesh.
 
     Adapters and a value head form groups of their own, since a group holds one dtype. The kernel runs inside the
-    root's forward, where the output layer is whole.
+    root's forward, where the output layer is whole. A model that was read in parts gets its rows.
     """
     from torch.distributed.fsdp import fully_shard
 
     data_parallel = mesh["data_parallel"]
+    parts = {name: backbone.parts[each] for name, each in backbone.named_parameters() if each in backbone.parts}
+    meta = {
+        each: nn.Parameter(
+            torch.empty_like(each, device="meta", memory_format=torch.contiguous_format), each.requires_grad
+        )
+        for each in backbone.parts
+    }
+    replace_parameters(backbone, meta)
+    backbone.parts = {}
     for block in decoder_blocks(backbone.causal_lm):
         adapters: list[nn.Module] = [
             module for name, module in block.named_modules() if isinstance(module, nn.Linear) and "lora_" in name
@@ -35,6 +46,30 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     if backbone.value_head is not None:
         fully_shard(backbone.value_head, mesh=data_parallel)
     fully_shard(backbone, mesh=data_parallel)
+    put_parts(backbone, parts)
+
+
+def cut_again(backbone: Backbone) -> None:
+    """Let go of what the last forward left whole: the root's parameters, then plain copies of the real ones."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(backbone, FSDPModule):
+        backbone.reshard()
+
+
+def check_sharded(backbone: Backbone) -> None:
+    """Make sure that the gradient of everything that trains is reduced: what is added after `shard` drifts apart.
+
+    Raises:
+        InputError: A parameter trains and is not cut over the ranks.
+    """
+    cut_again(backbone)
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise InputError(
+                f"trainer.strategy: fsdp2 must cut every parameter that trains, got {name} whole. "
+                "Add parameters in extend_backbone, before the model is sharded."
+            )
 
 
 @contextmanager

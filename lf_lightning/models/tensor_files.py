@@ -36,11 +36,17 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: A safetensors file is cut off or broken.
     """
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as handle:
-                found.update(dict.fromkeys(handle.keys(), path))
-        except SafetensorError as error:
-            raise InputError(f"{path}: must be a whole safetensors file, got {error}. Use another folder.") from error
-    return found
+    return {name: path for path in sorted(folder.glob("*.safetensors")) for name in names_in(path)}
+
+
+def names_in(path: Path) -> list[str]:
+    """Names of the tensors in a file.
+
+    Raises:
+        InputError: It is cut off or broken.
+    """
+    try:
+        with safe_open(path, "pt") as handle:
+            return list(handle.keys())
+    except SafetensorError as error:
+        raise InputError(f"{path}: must be a whole safetensors file, got {error}. Use another folder.") from error

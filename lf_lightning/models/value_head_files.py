@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.tensor_files import tensor_files
+from lf_lightning.shards import fill, whole_tensor
 from lf_lightning.types import InputError
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def whole_head(backbone: Backbone) -> dict[str, Tensor]:
     layer = backbone.value_head.summary
     found = {}
     for name, parameter in ((WEIGHT, layer.weight), (BIAS, layer.bias)):
-        tensor = layer.weight.new_zeros(1) if parameter is None else parameter.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = torch.zeros(1, dtype=layer.weight.dtype) if parameter is None else whole_tensor(parameter)
         found[name] = tensor.cpu().contiguous()
     return found
 
@@ -76,9 +75,9 @@ def load_value_head(head: ValueHead, folder: Path) -> None:
             f"{path}: {BIAS} must be 0 for model.init_args.value_head.save_as: sequence_classification, which knows no "
             f"bias, got {bias.item():g}. Set save_as: value_head."
         )
-    layer.weight.copy_(tensors[WEIGHT])
+    fill(layer.weight, tensors[WEIGHT])
     if layer.bias is not None:
-        layer.bias.copy_(bias)
+        fill(layer.bias, bias)
 
 
 def read_head(folder: Path) -> tuple[Path, dict[str, Tensor]]:

@@ -16,17 +16,17 @@ from torch import Tensor
 from lf_lightning.callbacks import default_callbacks
 from lf_lightning.lightning_private import global_seed
 from lf_lightning.models import Backbone, GenerationSpec, LoRA, Tuning
-from lf_lightning.models.export import load_weights, save_unnamed_weights, save_weights
+from lf_lightning.models.export import load_weights, save_weights
 from lf_lightning.models.sharding import clip_gradients
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate, trained_parameters
 from lf_lightning.stages.answers import answers_of
-from lf_lightning.stages.building import build_backbone
+from lf_lightning.stages.building import build_backbone, check_gradients_meet
 from lf_lightning.stages.doors import check_trainer, open_data
 from lf_lightning.stages.layout import settle_layout
 from lf_lightning.stages.means import SetMeans
 from lf_lightning.stages.non_finite import NonFinite, is_scaled
 from lf_lightning.stages.ranks import Ranks, seed_random_layers
-from lf_lightning.stages.resume import restore, state_of
+from lf_lightning.stages.resume import restore, save_unnamed_weights, state_of, use_any_optimizer_state
 from lf_lightning.stages.speed import TokenCount
 from lf_lightning.stages.step_log import log_step
 from lf_lightning.types import (
@@ -172,7 +172,7 @@ class Stage(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Refuse what would train wrong numbers, and tell the data how many prompts go together."""
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, self.task)
         if self.data is not None:
             self.data.predict_batch_size = self.generation.batch_size
 
@@ -198,6 +198,7 @@ class Stage(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Ask the model whether it keeps documents of one row apart, and tell the data what the layout is."""
+        check_gradients_meet(self)
         self.settle_layout()
         self.prepare_run()
 
@@ -312,14 +313,12 @@ class Stage(LightningModule, ABC):
     # ------------------------------------------------------------------ state
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the trained weights as transformers or peft would, with what only a resume needs in trainer_state/.
+        """Write the trained weights as transformers or peft would; callbacks add tokenizer and value head."""
+        save_weights(self.backbone, folder, base=self.backbone_spec.path, writes=self.trainer.is_global_zero)
 
-        Callbacks add the tokenizer and a value head to every checkpoint and to final/.
-        """
-        writes = self.trainer.is_global_zero
-        save_weights(self.backbone, folder, base=self.backbone_spec.path, writes=writes)
-        if writes and (folder / "trainer_state").is_dir():
-            save_unnamed_weights(self.backbone, folder)
+    def save_unnamed(self, folder: Path) -> None:
+        """Write to trainer_state/ what a resume needs of the weights and `save_pretrained` left under other names."""
+        save_unnamed_weights(self, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resume needs beside the weights, which lie in the folder already."""
@@ -329,7 +328,9 @@ class Stage(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the weights of the checkpoint's folder, and with the layout that the run had settled on."""
         restore(self, checkpoint["stage"])
-        load_weights(self.backbone, Path(str(self.trainer.ckpt_path)).parent.parent)
+        folder = Path(str(self.trainer.ckpt_path)).parent
+        load_weights(self.backbone, folder.parent)
+        use_any_optimizer_state(self, checkpoint, folder)
 
     def on_train_start(self) -> None:
         """What the configuration says of the optimizer beats what a checkpoint remembers."""

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.strategies import ModelParallelStrategy
-
 from lf_lightning.console import say
 from lf_lightning.models import Backbone, load_backbone
 from lf_lightning.models.export import load_weights
 from lf_lightning.models.probe import check_output_layer
-from lf_lightning.models.sharding import shard
+from lf_lightning.models.sharding import check_sharded, cut_again, shard
+from lf_lightning.stages.fsdp2 import FSDP2Strategy
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from lf_lightning.stages.base import Stage
+
+
+def sharing_mesh(stage: Stage) -> DeviceMesh | None:
+    """The ranks that share a stage's model; None where each has one of its own."""
+    return stage.device_mesh if isinstance(stage.trainer.strategy, FSDP2Strategy) else None
+
+
+def check_gradients_meet(stage: Stage) -> None:
+    """Make sure that the gradient of everything that trains is reduced over ranks.
+
+    Raises:
+        InputError: Something was added after the model was sharded.
+    """
+    if sharing_mesh(stage) is not None:
+        check_sharded(stage.backbone)
 
 
 def build_backbone(stage: Stage) -> Backbone:
@@ -24,17 +40,20 @@ def build_backbone(stage: Stage) -> Backbone:
     """
     data = stage.data
     vocab_size = len(data.tokenizer) if data is not None else 0
-    backbone = load_backbone(stage.backbone_spec, stage.tuning, vocab_size=vocab_size, seed=stage.seed)
+    mesh = sharing_mesh(stage)
+    backbone = load_backbone(
+        stage.backbone_spec, stage.tuning, vocab_size=vocab_size, seed=stage.seed, mesh=mesh and mesh["data_parallel"]
+    )
     if data is not None:
         backbone.causal_lm.generation_config.eos_token_id = data.stop_token_ids
         backbone.causal_lm.generation_config.pad_token_id = data.tokenizer.pad_token_id
     stage.extend_backbone(backbone)
+    if mesh is not None:
+        shard(backbone, mesh)
     if stage.weights_folder is not None:
         load_weights(backbone, stage.weights_folder)
     check_output_layer(backbone)
-    if isinstance(stage.trainer.strategy, ModelParallelStrategy):
-        assert stage.device_mesh is not None
-        shard(backbone, stage.device_mesh)
+    cut_again(backbone)
     trained, everything = backbone.num_parameters()
     share = f", {trained:,} of them train ({100 * trained / everything:.2f} %)"
     place = f" on {stage.trainer.world_size} x {stage.trainer.strategy.root_device}"

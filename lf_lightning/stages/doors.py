@@ -5,9 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
-from lf_lightning.types import InputError
+from lf_lightning.stages.fsdp2 import FSDP2Strategy
+from lf_lightning.types import InputError, Task
+
+STRATEGIES = ("auto", "ddp", "fsdp2")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+CLASSES: dict[str, type] = {
+    "deepspeed": DeepSpeedStrategy,
+    "fsdp2": FSDP2Strategy,
+    "model_parallel": ModelParallelStrategy,
+    "fsdp": FSDPStrategy,
+    "ddp": DDPStrategy,
+    "auto": SingleDeviceStrategy,
+}
+REFUSED_STRATEGIES = {
+    "deepspeed": "DeepSpeed is not supported: fsdp2 shards the same things.",
+    "fsdp": "FSDP of the first generation is not supported: use fsdp2.",
+    "model_parallel": "Use fsdp2, which is this strategy over all ranks; tensor parallelism and HSDP are not known.",
+}
+"""What to do instead, in the words of the error."""
 
 
 def check_data(stage: str, task: str, data: Any) -> None:
@@ -41,28 +65,66 @@ def open_data(stage: Any) -> None:
         stage.data.open_sets(stage.trainer.state.fn or "fit")
 
 
-def check_trainer(trainer: Trainer) -> None:
-    """Refuse what would train wrong numbers without an error.
+def check_trainer(trainer: Trainer, task: Task) -> None:
+    """Refuse what would train wrong numbers without an error, for runs from Python too.
 
     Raises:
         InputError: The strategy or the precision is not one that the step contract holds for.
     """
     strategy: Any = trainer.strategy
-    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
-    if not known or isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy by inheritance
+    is_fit = trainer.state.fn == "fit"
+    check_run(
+        strategy=type(strategy),
+        precision=trainer.precision,
+        accelerator="cpu" if strategy.root_device.type == "cpu" else "gpu",
+        task=task if is_fit else "sft",  # nothing but training is closed to a task
+    )
+
+
+def check_run(*, strategy: str | type, precision: str | int | None, accelerator: str, task: str) -> None:
+    """Refuse a combination that would train wrong numbers, or that nobody has run; before a model is loaded.
+
+    Args:
+        strategy: As `trainer.strategy` names it, or its class.
+        precision: As `trainer.precision` names it.
+        accelerator: As `trainer.accelerator` names it; `auto` is taken for one that can do what is asked.
+        task: Of the stage. No tuning decides: what holds for one holds for all.
+
+    Raises:
+        InputError: As said, in one line.
+    """
+    kind = strategy_kind(strategy)
+    shown = strategy if isinstance(strategy, str) else strategy.__name__
+    if kind not in STRATEGIES:
+        instead = REFUSED_STRATEGIES.get(kind, "Choose one of these.")
+        raise InputError(f"trainer.strategy: must be auto, ddp or fsdp2, got {shown}. {instead}")
+    if precision not in (None, 32, "32", *PRECISIONS):
         raise InputError(
-            "trainer.strategy: must be auto, ddp or ModelParallelStrategy (FSDP2), "
-            f"got {type(strategy).__name__}. Choose one of these."
-        )
-    if isinstance(strategy, ModelParallelStrategy):
-        shared = strategy.device_mesh["tensor_parallel"].size()
-        if shared != 1:
-            raise InputError(
-                f"trainer.strategy.init_args.tensor_parallel_size: must be 1, got {shared}. "
-                f"Set data_parallel_size: {trainer.world_size} and tensor_parallel_size: 1."
-            )
-    if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
-        raise InputError(
-            f"trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got {trainer.precision}. "
+            f"trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got {precision}. "
             "Set model.init_args.backbone.dtype for the type of the weights."
         )
+    if precision != "16-mixed":
+        return
+    if accelerator == "cpu":
+        raise InputError("trainer.precision: 16-mixed needs a GPU, got none. Use bf16-mixed.")
+    if kind == "fsdp2":
+        raise InputError(
+            "trainer.precision: must be 32-true or bf16-mixed with strategy fsdp2, whose gradients are cut before they "
+            "are unscaled, got 16-mixed. Use bf16-mixed."
+        )
+    if task in ("ppo", "grpo"):
+        raise InputError("trainer.precision: must be 32-true or bf16-mixed for rollouts, got 16-mixed. Use bf16-mixed.")
+
+
+def strategy_kind(strategy: str | type) -> str:
+    """Which strategy a name or a class means: one of `STRATEGIES`, or another word.
+
+    Subclasses count as what they are made of, DeepSpeed's first: it is a DDPStrategy by inheritance.
+    """
+    if isinstance(strategy, str):
+        starts = {"single_device": "auto", "ddp": "ddp", "deepspeed": "deepspeed", "model_parallel": "model_parallel"}
+        return next((kind for start, kind in starts.items() if strategy.startswith(start)), strategy)
+    for kind, base in CLASSES.items():
+        if issubclass(strategy, base):
+            return kind
+    return strategy.__name__

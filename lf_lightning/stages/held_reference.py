@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lf_lightning.models import Backbone, Reference, ReferenceSpec, Tuning, load_reference
 from lf_lightning.models.reference import resolved_kind
 from lf_lightning.models.sharding import shard
+from lf_lightning.stages.building import sharing_mesh
 
 if TYPE_CHECKING:
     from lf_lightning.stages.base import Stage
@@ -42,14 +42,23 @@ class HeldReference:
             return []
         if self.model is None:
             self.model = self._loaded(self.spec, stage, stage.backbone)
-            if isinstance(stage.trainer.strategy, ModelParallelStrategy):
-                assert stage.device_mesh is not None
-                shard(self.model.backbone, stage.device_mesh)
+            mesh = sharing_mesh(stage)
+            if mesh is not None:
+                shard(self.model.backbone, mesh)
         return [self.model.backbone]
 
     def _loaded(self, spec: ReferenceSpec, stage: Stage, policy: Backbone) -> Reference:
         vocab_size = len(stage.data.tokenizer) if stage.data is not None else 0
-        return load_reference(spec, policy, stage.backbone_spec, stage.tuning, vocab_size=vocab_size, seed=stage.seed)
+        mesh = sharing_mesh(stage)
+        return load_reference(
+            spec,
+            policy,
+            stage.backbone_spec,
+            stage.tuning,
+            vocab_size=vocab_size,
+            seed=stage.seed,
+            mesh=mesh and mesh["data_parallel"],
+        )
 
 
 @contextmanager

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lf_lightning.models.export import save_named_weights, unnamed_weights
+from lf_lightning.optim.state_files import whole_states
+from lf_lightning.stages.fsdp2 import FSDP2Strategy
 from lf_lightning.types import InputError, Isolation
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lf_lightning.stages.base import Stage
 
 
@@ -34,6 +39,20 @@ def restore(stage: Stage, state: dict[str, Any]) -> None:
     stage.tokens.total, stage.guard.num_skipped_steps = state["total_tokens"], state["num_skipped_steps"]
     stage.memory = dict(state["memory"])
     stage.take_own_state(state["own"])
+
+
+def save_unnamed_weights(stage: Stage, folder: Path) -> None:
+    """Write to a checkpoint's trainer_state/ what its own files do not hold by our names; every rank must call."""
+    writes = stage.trainer.is_global_zero
+    names = unnamed_weights(stage.backbone, folder) if writes and (folder / "trainer_state").is_dir() else []
+    names = stage.trainer.strategy.broadcast(names)
+    save_named_weights(stage.backbone, names, folder, writes=writes)
+
+
+def use_any_optimizer_state(stage: Stage, checkpoint: dict[str, Any], folder: Path) -> None:
+    """Put together what ranks wrote in parts, where this run's optimizer has whole parameters."""
+    if not isinstance(stage.trainer.strategy, FSDP2Strategy):
+        checkpoint["optimizer_states"] = whole_states(checkpoint["optimizer_states"], folder)
 
 
 def check_same_stage(state: dict[str, Any], *, name: str, num_trained: int) -> None:

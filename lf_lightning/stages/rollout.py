@@ -119,10 +119,6 @@ class RolloutStage(Stage):
         super().setup(stage)
         if self.data is None:
             raise InputError("data: must be a DataModule for rollouts, got loaders. Pass datamodule=DataModule(...).")
-        if stage == "fit" and self.trainer.precision == "16-mixed":
-            raise InputError(
-                "trainer.precision: must be 32-true or bf16-mixed for rollouts, got 16-mixed. Use bf16-mixed."
-            )
         self.data.group_size, self.data.rollout_epochs = self.group_size, self.num_epochs
         self.kept, self.is_idle = None, False
 

@@ -209,6 +209,17 @@ COMBINATIONS = {
         ("trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got bf16-true", "backbone.dtype"),
         {"trainer.precision": "bf16-true"},
     ),
+    "half precision that scales, without a GPU": Bad(
+        ("trainer.precision: 16-mixed needs a GPU, got none", "Use bf16-mixed"), {"trainer.precision": "16-mixed"}
+    ),
+    "DeepSpeed": Bad(
+        ("trainer.strategy: must be auto, ddp or fsdp2, got deepspeed_stage_3", "DeepSpeed is not supported"),
+        {"trainer.strategy": "deepspeed_stage_3"},
+    ),
+    "Lightning's own ModelParallelStrategy": Bad(
+        ("trainer.strategy: must be auto, ddp or fsdp2, got ModelParallelStrategy", "Use fsdp2"),
+        {"trainer.strategy": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}},
+    ),
     "a precision that needs another package": Bad(
         ("trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got transformer-engine",),
         {"trainer.precision": "transformer-engine"},

@@ -296,11 +296,7 @@ def test_ranks_whose_weights_are_cut_score_uneven_shares_by_an_adapter(here: Pat
     reward = {"class_path": "RewardAdapter", "init_args": {"path": str(judge), "batch_size": 1}}
     changes = {"lora": model, "data__rollout_size": 5, f"{INIT}.rewards": [reward], "trainer__max_steps": 2}
     one = fit(here, "PPO", "one", **changes)
-    strategy = {
-        "class_path": "ModelParallelStrategy",
-        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
-    }
-    changes |= {"trainer__devices": 2, "trainer__strategy": strategy, "checkpoint__every_n_steps": None}
+    changes |= {"trainer__devices": 2, "trainer__strategy": "fsdp2", "checkpoint__every_n_steps": None}
     path = write(here, rolled("PPO", "two", **changes), "two.yaml")
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lf_lightning import BackboneSpec, InputError
 from lf_lightning.models import Backbone, Freeze, Full, LoRA, Tuning, load_backbone
-from lf_lightning.models.export import load_weights, save_unnamed_weights, save_weights
+from lf_lightning.models.export import load_weights, save_named_weights, save_weights, unnamed_weights
 
 BASE = {
     "hidden_size": 16,
@@ -63,7 +63,7 @@ def folder_in(parent: Path, name: str) -> Path:
 def saved(backbone: Backbone, folder: Path, *, base: Path | None = None) -> Path:
     """A checkpoint folder, as the stage fills it."""
     save_weights(backbone, folder, base=None if base is None else str(base), writes=True)
-    save_unnamed_weights(backbone, folder)
+    save_named_weights(backbone, unnamed_weights(backbone, folder), folder, writes=True)
     return folder
 
 
@@ -145,7 +145,7 @@ def test_a_model_in_shards_is_read_shard_by_shard(tmp_path: Path, architecture: 
     trained = perturb(scratch(architecture))
     folder = folder_in(tmp_path, "checkpoint")
     trained.causal_lm.save_pretrained(folder, max_shard_size="8KB")
-    save_unnamed_weights(trained, folder)
+    save_named_weights(trained, unnamed_weights(trained, folder), folder, writes=True)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     other = scratch(architecture, seed=1)
     load_weights(other, folder)

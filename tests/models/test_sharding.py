@@ -27,21 +27,16 @@ EXACT = [name for name in CASES if name != "half"]
 Seen = dict[str, list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Case -> what each of two ranks saw; they are stopped where they wait for each other."""
-    folder = tmp_path_factory.mktemp("sharding")
-    spec = BackboneSpec(architecture=LLAMA, tokenizer="bytes", dtype="float64")
-    load_backbone(spec, Full(), vocab_size=WORDS, seed=3).causal_lm.save_pretrained(folder / "base")
-    script = Path(sharding_run.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+def run_on_two_ranks(script: Path, folder: Path, more: dict[str, str] | None = None) -> None:
+    """Run a script once for each rank; both are stopped where they wait for each other."""
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1", **(more or {})}
     processes = []
     for rank in (0, 1):
         command = [sys.executable, str(script), str(folder), str(rank)]
         with (folder / f"log{rank}").open("w") as log:
             processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True))
     try:
-        codes = [process.wait(timeout=150) for process in processes]
+        codes = [process.wait(timeout=300) for process in processes]
     except subprocess.TimeoutExpired:
         codes = [-1]
     finally:
@@ -51,6 +46,15 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
                 process.wait()
     logs = "\n".join((folder / f"log{rank}").read_text()[-2000:] for rank in (0, 1))
     assert codes == [0, 0], logs
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """Case -> what each of two ranks saw; they are stopped where they wait for each other."""
+    folder = tmp_path_factory.mktemp("sharding")
+    spec = BackboneSpec(architecture=LLAMA, tokenizer="bytes", dtype="float64")
+    load_backbone(spec, Full(), vocab_size=WORDS, seed=3).causal_lm.save_pretrained(folder / "base")
+    run_on_two_ranks(Path(sharding_run.__file__), folder)
     return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)] for name in CASES}
 
 

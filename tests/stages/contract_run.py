@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -26,6 +27,7 @@ from lf_lightning import (
     DataModule,
     Full,
     GRPOConstants,
+    LoRA,
     PPOConstants,
     PreferenceConstants,
     ReferenceSpec,
@@ -52,6 +54,8 @@ ADAMW = {"lr": 1e-2, "eps": 1e-2}  # a large eps: rounding of a gradient near ze
 
 def backbone_spec(case: dict[str, Any]) -> BackboneSpec:
     """The model of a case."""
+    if "base" in case:
+        return BackboneSpec(path=case["base"], tokenizer="bytes", dtype=case["dtype"], attention=case["attention"])
     architecture = {**LLAMA, "tie_word_embeddings": case["tied"]}
     return BackboneSpec(architecture=architecture, tokenizer="bytes", dtype=case["dtype"], attention=case["attention"])
 
@@ -79,6 +83,11 @@ def options_of(case: dict[str, Any]) -> dict[str, Any]:
     given = dict(case.get("init", {}))
     rewards = {"rewards": [RewardFunction(**each) for each in given.pop("rewards")]} if "rewards" in given else {}
     return {**{name: specs[name](**value) if name in specs else value for name, value in given.items()}, **rewards}
+
+
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    """A copy of a gradient, whole where it is cut over the ranks."""
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
 
 class Recorder(Callback):
@@ -110,7 +119,7 @@ class Recorder(Callback):
         head = pl_module.backbone.value_head
         parameters |= {} if head is None else {f"head.{name}": each for name, each in head.named_parameters()}
         trained = {name: each for name, each in parameters.items() if each.requires_grad}
-        self.gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})
+        self.gradients.append({name: whole(parameter.grad) for name, parameter in trained.items()})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the logged loss."""
@@ -133,7 +142,7 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     spec = backbone_spec(case)
     stage = getattr(lf_lightning, case["stage"])(
         spec,
-        Full(),
+        LoRA(rank=2) if case.get("tuning") == "LoRA" else Full(),
         AdamW(**ADAMW),
         ScheduleSpec(kind="constant"),
         max_grad_norm=None,
@@ -144,7 +153,7 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     recorder = Recorder()
     trainer = Trainer(
         accelerator="cpu",
-        strategy="ddp" if num_ranks > 1 else "auto",
+        strategy=case.get("strategy", "ddp") if num_ranks > 1 else "auto",
         devices=num_ranks,
         max_epochs=case["epochs"],
         log_every_n_steps=1,

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lf_lightning import SFT, AdamW, BackboneSpec, DataModule, Freeze, Full, InputError, RunCheckpoint, ScheduleSpec
 from lf_lightning.callbacks import last_checkpoint
 from lf_lightning.data.sources import resolve_sources
 from lf_lightning.models import load_backbone
 from lf_lightning.models.export import save_weights
-from lf_lightning.stages.doors import check_trainer
+from lf_lightning.stages.doors import check_run
 from lf_lightning.stages.means import SetMeans
 from lf_lightning.stages.non_finite import NonFinite
 from lf_lightning.types import LossSums, TrainingStopped
@@ -26,18 +26,45 @@ from tests.cli.runs import LLAMA, ROWS, steps
 SCRATCH = BackboneSpec(architecture=dict(LLAMA), tokenizer="bytes")
 
 
-class Asks:
-    """As much of a trainer as the door looks at."""
-
-    def __init__(self, strategy: Any, precision: str = "32-true") -> None:
-        self.strategy, self.precision = strategy, precision
+def ask(**changes: Any) -> None:
+    asked: dict[str, Any] = {"strategy": "auto", "precision": "32-true", "accelerator": "cpu", "task": "sft"}
+    check_run(**{**asked, **changes})
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
-def test_a_strategy_that_the_step_contract_does_not_know_is_refused(kind: Any) -> None:
-    strategy = kind.__new__(kind)  # neither can be made on a machine without a GPU
-    with pytest.raises(InputError, match=rf"trainer\.strategy: must be auto, ddp or .*, got {kind.__name__}"):
-        check_trainer(Asks(strategy))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("strategy", "shown", "instead"),
+    [
+        (FSDPStrategy, "FSDPStrategy", "use fsdp2"),
+        (DeepSpeedStrategy, "DeepSpeedStrategy", "DeepSpeed is not supported"),
+        (ModelParallelStrategy, "ModelParallelStrategy", "tensor parallelism and HSDP are not known"),
+        ("deepspeed_stage_3", "deepspeed_stage_3", "DeepSpeed is not supported"),
+        ("fsdp", "fsdp", "use fsdp2"),
+        ("xla", "xla", "Choose one of these"),
+    ],
+)
+def test_a_strategy_that_the_step_contract_does_not_know_is_refused(strategy: Any, shown: str, instead: str) -> None:
+    with pytest.raises(InputError, match=rf"trainer\.strategy: must be auto, ddp or fsdp2, got {shown}\. .*{instead}"):
+        ask(strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2"])
+@pytest.mark.parametrize("precision", [None, 32, "32-true", "bf16-mixed"])
+def test_what_is_known_is_let_through(strategy: str, precision: Any) -> None:
+    ask(strategy=strategy, precision=precision, task="ppo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"accelerator": "cpu"}, "needs a GPU"),
+        ({"accelerator": "gpu", "strategy": "fsdp2"}, "with strategy fsdp2"),
+        ({"accelerator": "auto", "task": "grpo"}, "for rollouts"),
+    ],
+)
+def test_16_mixed_is_refused_where_it_would_go_wrong(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError, match=f"trainer.precision: .*{why}.*Use bf16-mixed"):
+        ask(precision="16-mixed", **changes)
+    ask(precision="16-mixed", accelerator="gpu")
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

@@ -1,0 +1,99 @@
+"""The strategy `fsdp2`: Lightning's ModelParallelStrategy over all ranks, with checkpoints that any strategy reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from safetensors import SafetensorError
+from torch.optim import Optimizer
+
+from lf_lightning.lightning_private import share_over_all_ranks
+from lf_lightning.optim.state_files import load_rows, save_rows
+
+NAME = "fsdp2"
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Weights, gradients and moments of optimizers are cut over all ranks; each computes its own micro-batches.
+
+    A checkpoint is the same as without it, but for the optimizer, of which each rank writes its part.
+
+    Args:
+        timeout_seconds: How long a rank waits for the others, > 0.
+        process_group_backend: `nccl`, `gloo` or another one of torch; empty means what the device asks for.
+    """
+
+    strategy_name = NAME
+
+    def __init__(self, timeout_seconds: float = 1800.0, process_group_backend: str | None = None) -> None:
+        timeout, self._error = timedelta(seconds=timeout_seconds), cast("Exception | None", None)
+        super().__init__(
+            process_group_backend=process_group_backend, timeout=timeout, save_distributed_checkpoint=False
+        )
+
+    def setup_environment(self) -> None:
+        """Start the ranks, all of which share the model."""
+        share_over_all_ranks(self)
+        super().setup_environment()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: a stage writes its weights itself, beside this state."""
+        return {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As the optimizer has it: this rank's rows of what is cut."""
+        inner: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state: dict[str, Any] = inner.state_dict()
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write this rank's rows beside the file, which the first rank writes."""
+        try:
+            checkpoint["optimizer_states"] = save_rows(checkpoint["optimizer_states"], Path(filepath).parent)
+            if self.is_global_zero:
+                torch.save(checkpoint, filepath)
+        except (OSError, RuntimeError, SafetensorError) as error:  # the other ranks wait for this one first
+            self._error = error
+
+    def raise_kept(self) -> None:
+        """Raise what went wrong in the last save.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        error, self._error = self._error, None
+        if error is not None:
+            raise error if isinstance(error, OSError) else OSError(str(error))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the file; large tensors stay on the disk until they are asked for."""
+        self._state_folder = Path(checkpoint_path).parent
+        found: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only)
+        return found
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether weights wait for the optimizer: once the model is built they go in, as everywhere else."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning calls `load_optimizer_state_dict`."""
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give each optimizer this rank's rows, whoever wrote them."""
+        load_rows(self.optimizers, checkpoint["optimizer_states"], self._state_folder)
+
+
+StrategyRegistry.register(
+    NAME, FSDP2Strategy, description="PyTorch's FSDP2: weights, gradients and optimizer cut over all ranks"
+)
