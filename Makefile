@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   train a tiny model on this machine's CPU and see what it learned"
 	@echo "make test         the tests; under ten minutes on two cores"
 	@echo "make test-long    the long proofs"
-	@echo "make faults       kills and resumes of every stage, written to bench/results; half an hour"
+	@echo "make faults       kills and resumes of every stage, written to bench/results; ten minutes"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        the measurements, written to bench/results"
 	@echo "make clean        remove the environment and the caches"

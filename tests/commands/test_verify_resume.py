@@ -13,11 +13,12 @@ import pytest
 from lf_lightning.__main__ import main
 from lf_lightning.commands import verify_resume
 from lf_lightning.commands.phases import Moment
-from tests.cli.runs import config, write
+from tests.cli.runs import INIT, config, write
 from tests.faults.forks import Fork, fit_in_fork
 from tests.stages.judgement_runs import judged
 from tests.stages.rollout_runs import rolled
 
+USER_CODE = Path(__file__).with_name("user_code.py")
 SLOW_STEPS = {"data__micro_batch_size": 1}
 """Long enough to be hit."""
 
@@ -57,28 +58,32 @@ def test_a_run_that_resumes_exactly_is_called_equal(scratch: Path, capsys: pytes
     assert not (scratch.parent / "run").exists()
 
 
+COUNTING = {"class_path": "RewardFunction", "init_args": {"function": f"{USER_CODE}:counting"}}
+NUDGE = {"trainer__callbacks": ["tests.commands.user_code.Nudge"]}
+
+
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("settings", "steps"),
     [
-        ({"trainer__callbacks": ["tests.commands.user_code.Nudge"]}, "lm_head.weight: "),
-        ({"model__class_path": "tests.commands.user_code.Counting"}, ""),
+        (config(**SLOW_STEPS, **NUDGE), 4),
+        (rolled("PPO", **{f"{INIT}.rewards": [COUNTING]}), 9),
     ],
-    ids=["a callback that changes weights", "a stage with hidden state"],
+    ids=["a callback that changes weights", "a reward with hidden state"],
 )
 def test_a_run_that_does_not_is_found_out(
-    changes: dict[str, Any], named: str, scratch: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], steps: int, scratch: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert verified(scratch, config(**SLOW_STEPS, **changes), "--kills", "1", "--steps", "4") == 1
+    assert verified(scratch, settings, "--kills", "1", "--steps", str(steps)) == 1
     *rows, verdict, kept = capsys.readouterr().out.splitlines()
     assert verdict.startswith("not equal after ")
-    assert f"final weights: model.safetensors: {named}" in verdict
+    assert "final weights: model.safetensors: lm_head.weight: " in verdict
     assert " straight, " in verdict
     assert rows[-1].startswith("end ")
     (folder,) = scratch.iterdir()
     assert kept == f"both runs, and what they printed: {folder}"
     assert (folder / "straight" / "final").is_dir()
     assert (folder / "run" / "final").is_dir()
-    assert "step 4/4" in (folder / "output.txt").read_text()
+    assert f"step {steps}/{steps}" in (folder / "output.txt").read_text()
 
 
 def test_the_folder_of_the_user_is_left_alone_and_the_scratch_folder_kept_where_one_asks(

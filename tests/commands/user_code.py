@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-
-from lf_lightning import SFT
-from lf_lightning.types import LossSums
 
 
 class Nudge(Callback):
@@ -18,12 +16,10 @@ class Nudge(Callback):
             next(pl_module.parameters()).data.mul_(1 + 1e-6)
 
 
-class Counting(SFT):
-    """Scales its loss by what it has seen in this process."""
+NUM_CALLS = [0]
 
-    num_seen = 0
 
-    def micro_batch_loss(self, micro_batch: Any) -> LossSums:
-        self.num_seen += 1
-        found = super().micro_batch_loss(micro_batch)
-        return found._replace(terms={name: term * (1 + 1e-4 * self.num_seen) for name, term in found.terms.items()})
+def counting(prompts: Sequence[str], responses: Sequence[str], batch: Any) -> list[float]:
+    """Scores by how often it was asked in this process."""
+    NUM_CALLS[0] += 1
+    return [number % 3 + 0.1 * NUM_CALLS[0] for number in range(len(responses))]
