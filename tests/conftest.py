@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,16 @@ def beside(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs ../{name} beside the repository, which is absent")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a run leaves in the environment, such as the port where its ranks meet, reaches no other test."""
+    before = dict(os.environ)
+    yield
+    for name in [name for name in os.environ if name not in before and not name.startswith("PYTEST_")]:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if not name.startswith("PYTEST_")})
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ Lengths = Sequence[int] | NDArray[np.int64]
 """Tokens of each document."""
 
 
-def sequence_units(lengths: NDArray[np.int64], documents: NDArray[np.int64] | None = None) -> list[Unit]:
+def sequence_units(lengths: Lengths, documents: NDArray[np.int64] | None = None) -> list[Unit]:
     """One unit for each document, in their order.
 
     Args:
@@ -22,7 +22,8 @@ def sequence_units(lengths: NDArray[np.int64], documents: NDArray[np.int64] | No
         documents: Number of each document; (D,). From 0 unless given.
     """
     numbers = range(len(lengths)) if documents is None else documents.tolist()  # plain numbers: a tenth of the time
-    return [Unit((Span(document, 0, length),)) for document, length in zip(numbers, lengths.tolist(), strict=True)]
+    plain = np.asarray(lengths).tolist()
+    return [Unit((Span(document, 0, length),)) for document, length in zip(numbers, plain, strict=True)]
 
 
 def block_units(lengths: Lengths, max_length: int, order: Iterable[int]) -> list[Unit]:

@@ -142,7 +142,7 @@ CHOICES = {
     "an unknown template": Bad(
         ("data.template: unknown template 'chatlm'. Did you mean 'chatml'?",), {"data.template": "chatlm"}
     ),
-    "an unknown strategy": Bad(("trainer", "strategy", "'dpd'"), {"trainer.strategy": "dpd"}),
+    "an unknown strategy": Bad(("trainer.strategy: must be auto, ddp or fsdp2, got dpd",), {"trainer.strategy": "dpd"}),
     "an unknown architecture": Bad(
         (f"{BACKBONE}.architecture.model_type: ", "got lama. Try llama."),
         {f"{BACKBONE}.architecture.model_type": "lama"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lf_lightning.callbacks.folder import write_manifest
+from lf_lightning.callbacks.folder import sync_folder
 from lf_lightning.commands.run_compare import compare_checkpoints, compare_runs, torn
 
 LOG = [
@@ -40,7 +40,7 @@ def make_run(folder: Path) -> Path:
     checkpoint = folder / "checkpoints/step-00000002"
     (checkpoint / "trainer_state").mkdir()
     torch.save(state(), checkpoint / "trainer_state" / "state.ckpt")
-    write_manifest(checkpoint)
+    sync_folder(checkpoint)
     (folder / "trainer_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LOG))
     (folder / "samples.jsonl").write_text('{"current_steps": 2, "response": "yes\\u2028no"}\n')
     return folder
@@ -195,12 +195,12 @@ def tear_manifest(folder: Path) -> None:
 
 def garble(folder: Path) -> None:
     (folder / "trainer_state" / "state.ckpt").write_bytes(b"no checkpoint")
-    write_manifest(folder)
+    sync_folder(folder)
 
 
 def empty(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    write_manifest(folder)
+    sync_folder(folder)
 
 
 @pytest.mark.parametrize(

@@ -407,7 +407,8 @@ def test_a_resume_with_another_global_batch_size_goes_on_with_the_next_unit(tmp_
     path = write_texts(tmp_path, TWELVE)
     whole = run_of_6(tmp_path / "straight", "full", spec, path, layout="padded", micro_batch_size=1)
     folder = continued(tmp_path / "straight", tmp_path / "other", 1)
-    rest = run_of_6(folder, "full", spec, path, layout="padded", micro_batch_size=1, global_batch_size=2)
+    options = {"global_batch_size": 2, "accept_changes": True}
+    rest = run_of_6(folder, "full", spec, path, layout="padded", micro_batch_size=1, **options)
 
     def units(steps: list[list[list[list[int]]]]) -> list[list[int]]:
         return sorted(row for step in steps for micro_batch in step for row in micro_batch)
