@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 
 help:
 	@echo "make quickstart   train a tiny model on this machine's CPU and see what it learned"
-	@echo "make test         the tests; under ten minutes on two cores"
+	@echo "make test         the tests; under half an hour on two cores"
 	@echo "make test-long    the long proofs"
 	@echo "make faults       kills and resumes of every stage, written to bench/results; ten minutes"
 	@echo "make lint         ruff and mypy"

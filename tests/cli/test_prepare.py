@@ -184,6 +184,7 @@ TWO = {"data__cache_dir": "cache", "trainer__devices": 2, "trainer__max_steps": 
 """Two processes of one node, which ask for the same data at once."""
 
 
+@pytest.mark.slow
 def test_encoding_may_take_longer_than_the_processes_wait_for_each_other(here: Path):
     timeout = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"timeout": "0:00:20"}}
     path = write(here, config(trainer__strategy=timeout, **TWO))

@@ -65,10 +65,9 @@ NUDGE = {"trainer__callbacks": ["tests.commands.user_code.Nudge"]}
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        (config(**SLOW_STEPS, **NUDGE), 4),
-        (rolled("PPO", **{f"{INIT}.rewards": [COUNTING]}), 9),
+        pytest.param(config(**SLOW_STEPS, **NUDGE), 4, id="a callback that changes weights", marks=pytest.mark.slow),
+        pytest.param(rolled("PPO", **{f"{INIT}.rewards": [COUNTING]}), 9, id="a reward with hidden state"),
     ],
-    ids=["a callback that changes weights", "a reward with hidden state"],
 )
 def test_a_run_that_does_not_is_found_out(
     settings: dict[str, Any], steps: int, scratch: Path, capsys: pytest.CaptureFixture[str]
@@ -86,6 +85,7 @@ def test_a_run_that_does_not_is_found_out(
     assert f"step {steps}/{steps}" in (folder / "output.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_folder_of_the_user_is_left_alone_and_the_scratch_folder_kept_where_one_asks(
     here: Path, scratch: Path, capsys: pytest.CaptureFixture[str]
 ):
