@@ -261,19 +261,18 @@ class DataModule(DataDoors):
         self._cursor = state_dict or None
 
     def _order(self, num_units: int) -> dict[str, Any]:
-        """What the units and their order follow from; what names a difference best comes first."""
+        """What the units and their order follow from; what names a difference best comes first.
+
+        Names and paths of datasets are not in it: they may hold what belongs into no file, and the content says more.
+        """
         options = {name: self.arguments[name] for name in DECIDING}
         plan = self._rollout_plan._asdict() if self.task in ROLLING else {}
-        if self.task in ROLLING:
-            prompts = self.prompts("train")
-            names, content = list(dict.fromkeys(prompt.source for prompt in prompts)), contents_of_prompts(prompts)
-        else:
-            names, content = list(self.sets["train"].store.names), self._content
-        facts = {"datasets": names, "num_units": num_units, "content": content}
-        return {"seed": self.seed, **options, **plan, **facts}
+        return {"seed": self.seed, **options, **plan, "num_units": num_units, "content": self._content}
 
     @cached_property
     def _content(self) -> str:
+        if self.task in ROLLING:
+            return contents_of_prompts(self.prompts("train"))
         return contents_of_store(self.sets["train"].store)
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:

@@ -93,4 +93,4 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return str(value)
