@@ -118,7 +118,8 @@ def told(message: str, *, code: int) -> int:
 
 def report(message: str, *, code: int = BAD_INPUT) -> int:
     """Print a message as one line on stderr and return the exit code."""
-    print("lf-lightning: error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+    text = " ".join(line.strip() for line in message.splitlines())
+    sys.stderr.write(f"lf-lightning: error: {text}\n")  # one write, since other ranks may be writing too
     return code
 
 
