@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -87,15 +87,23 @@ class Saving:
         name_folder(self.folder, self._target)
 
 
-@runtime_checkable
-class KeepsErrors(Protocol):
+class KeepsErrors:
     """What writes the state of a resume, and lets every rank reach the next collective before it raises."""
 
+    _kept: Exception | None = None
+
     def raise_kept(self) -> None:
-        """Raise what went wrong in the last save, as OSError."""
+        """Raise what went wrong in the last save.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        error, self._kept = self._kept, None
+        if error is not None:
+            raise error if isinstance(error, OSError) else OSError(reason(error))
 
 
-class StateFile(CheckpointIO):
+class StateFile(CheckpointIO, KeepsErrors):
     """Writes the state of a resume straight into its folder, and keeps the error for `Saving` to tell all ranks.
 
     Lightning's own writes to a temporary folder first, which may be another disk, and lets the other ranks wait for one
@@ -107,7 +115,6 @@ class StateFile(CheckpointIO):
 
     def __init__(self, inner: CheckpointIO) -> None:
         self.inner = inner
-        self._error: Exception | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write tensors and plain Python to a file."""
@@ -117,17 +124,7 @@ class StateFile(CheckpointIO):
                 handle.flush()
                 os.fsync(handle.fileno())
         except (OSError, RuntimeError) as error:  # torch's writer gives its own error where the disk is full
-            self._error = error
-
-    def raise_kept(self) -> None:
-        """Raise what went wrong in the last save.
-
-        Raises:
-            OSError: The file could not be written.
-        """
-        error, self._error = self._error, None
-        if error is not None:
-            raise error if isinstance(error, OSError) else OSError(reason(error))
+            self._kept = error
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Read a state."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -13,13 +13,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from safetensors import SafetensorError
 from torch.optim import Optimizer
 
+from lf_lightning.callbacks.saving import KeepsErrors
 from lf_lightning.lightning_private import share_over_all_ranks
 from lf_lightning.optim.state_files import load_rows, save_rows
 
 NAME = "fsdp2"
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy, KeepsErrors):
     """Weights, gradients and moments of optimizers are cut over all ranks; each computes its own micro-batches.
 
     A checkpoint is the same as without it, but for the optimizer, of which each rank writes its part.
@@ -32,7 +33,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     strategy_name = NAME
 
     def __init__(self, timeout_seconds: float = 1800.0, process_group_backend: str | None = None) -> None:
-        timeout, self._error = timedelta(seconds=timeout_seconds), cast("Exception | None", None)
+        timeout = timedelta(seconds=timeout_seconds)
         super().__init__(
             process_group_backend=process_group_backend, timeout=timeout, save_distributed_checkpoint=False
         )
@@ -61,17 +62,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             if self.is_global_zero:
                 torch.save(checkpoint, filepath)
         except (OSError, RuntimeError, SafetensorError) as error:  # the other ranks wait for this one first
-            self._error = error
-
-    def raise_kept(self) -> None:
-        """Raise what went wrong in the last save.
-
-        Raises:
-            OSError: A file could not be written.
-        """
-        error, self._error = self._error, None
-        if error is not None:
-            raise error if isinstance(error, OSError) else OSError(str(error))
+            self._kept = error
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the file; large tensors stay on the disk until they are asked for."""
