@@ -19,7 +19,7 @@ from lf_lightning.callbacks import Interrupted, PlainProgress, RunCheckpoint, Ru
 from lf_lightning.callbacks.folder import check_whole, complete_checkpoints
 from lf_lightning.callbacks.run_folder import make_writable, refuse_mixing
 from lf_lightning.callbacks.secrets import check_no_login
-from lf_lightning.callbacks.signals import end_started_ranks
+from lf_lightning.callbacks.signals import end_started_ranks, one_end
 from lf_lightning.console import quiet_libraries, say
 from lf_lightning.data.datamodule import DataModule
 from lf_lightning.models import GenerationEngine, Tuning
@@ -142,7 +142,8 @@ def fit(argv: list[str]) -> int:
     make_writable(folder)
     cli.datamodule.open_sets("fit")  # here: no other process has been started yet, and no port chosen to meet on
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        with one_end():
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     except Interrupted as interrupted:
         return interrupted.code
     except SystemExit as end:
@@ -158,7 +159,8 @@ def validate(argv: list[str]) -> int:
     cli = build(argv, "validate")
     cli.model.weights_folder = _weights_folder(cli)
     cli.datamodule.open_sets("validate")
-    cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    with one_end():
+        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     return 0
 
 
@@ -167,7 +169,8 @@ def test(argv: list[str]) -> int:
     cli = build(argv, "test")
     cli.model.weights_folder = _weights_folder(cli)
     cli.datamodule.open_sets("test")
-    cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    with one_end():
+        cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     return 0
 
 
@@ -176,7 +179,8 @@ def predict(argv: list[str]) -> int:
     cli = build(argv, "predict")
     cli.model.weights_folder = _weights_folder(cli)
     cli.datamodule.open_sets("predict")
-    cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
+    with one_end():
+        cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
     return 0
 
 

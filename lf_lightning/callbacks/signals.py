@@ -6,6 +6,9 @@ import copy
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from lf_lightning.lightning_private import send_step_to_loggers, silence_lightni
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What ends a run: a scheduler's, the terminal's, and the one that SLURM is asked to send before the time is up."""
 STDERR = 2
+STARTER = "LF_LIGHTNING_STARTER"
+"""Environment variable with the number of the process that starts further ranks; those inherit it."""
 
 
 class Interrupted(SystemExit):
@@ -138,6 +143,29 @@ class GracefulStop(Callback):
             folder = saving.saved.get(trainer.global_step) or saving.save(trainer, pl_module)
             say(f"interrupted after step {trainer.global_step}: saved {folder}, continue with --ckpt_path last")
         raise Interrupted(_code(trainer, number))
+
+
+@contextmanager
+def one_end() -> Iterator[None]:
+    """Leave no rank behind: one that is started inside by this process ends within a second of it.
+
+    However this process ends, kill -9 included: such a rank would wait for half an hour for a meeting to which nobody
+    comes. Ranks that a launcher such as torchrun has started are that launcher's to end.
+    """
+    starter = os.environ.get(STARTER)
+    if starter is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+        threading.Thread(target=_end_after, args=(int(starter),), daemon=True).start()
+    os.environ[STARTER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[STARTER]
+
+
+def _end_after(starter: int) -> None:
+    while os.getppid() == starter:
+        time.sleep(0.5)
+    os._exit(1)  # the process and not this thread; nobody is left to hear more
 
 
 def end_started_ranks(trainer: Trainer) -> None:

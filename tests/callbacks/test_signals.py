@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,3 +154,36 @@ def test_without_a_checkpoint_callback_the_line_says_that_nothing_was_saved(
     sends = Sends("on_train_batch_start", 1, signal.SIGTERM)
     assert interrupted(tmp_path, sends, RunCheckpoint(every_n_steps=None)) == 143
     assert "interrupted after step 2: nothing saved, the trainer has no RunCheckpoint" in capsys.readouterr().err
+
+
+RANKS = """
+import os, subprocess, sys, time
+from lf_lightning.callbacks.signals import one_end
+if os.environ.get("LOCAL_RANK"):
+    print(os.getpid(), flush=True)
+with one_end():
+    if not os.environ.get("LOCAL_RANK"):
+        subprocess.Popen([sys.executable, __file__], env={**os.environ, "LOCAL_RANK": "1"})
+    time.sleep(600)
+"""
+
+
+def test_a_rank_that_waits_for_others_ends_with_the_process_that_started_it(tmp_path: Path, root: Path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment) as first:
+        assert first.stdout is not None
+        other = int(first.stdout.readline())
+        first.kill()
+        first.wait()
+        deadline = time.monotonic() + 60
+        while is_alive(other):
+            assert time.monotonic() < deadline, "the second rank lives on"
+            time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs on; one that has ended may stay in the table until its parent looks."""
+    status = Path(f"/proc/{pid}/status")
+    return status.is_file() and "State:\tZ" not in status.read_text()
