@@ -69,7 +69,7 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None  # (N,) like log_probs: entropy over all words, in nats; None unless asked for
 
 
-class _Head:
+class Head:
     """The output layer in the type of the matrix products, with the buffers that every chunk uses again."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, call: Call) -> None:
@@ -106,7 +106,7 @@ class _Head:
         return logits
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """One chunk of C rows, after its logits became the gradient of its negative log-likelihoods."""
 
     span: slice  # where it lies in all rows
@@ -129,7 +129,7 @@ class Gradients:
         self.weight = zeros(weight) if needs[1] else None
         self.bias = zeros(bias) if needs[2] and bias is not None else None
 
-    def add(self, head: _Head, chunk: _Chunk) -> None:
+    def add(self, head: Head, chunk: Chunk) -> None:
         """Add those of one chunk, in two matrix products."""
         residual, total = chunk.residual, chunk.total
         over_total = chunk.coefficient / total
@@ -257,7 +257,7 @@ def run_chunks(
         coefficient: Weight of each row's nll in the gradients; (N,). None: one for each.
         entropy_coefficient: Weight of each row's entropy in the gradients; (N,). None: nothing.
     """
-    head = _Head(weight, bias, call)
+    head = Head(weight, bias, call)
     log_probs = rows.new_empty(len(rows), dtype=head.sum_dtype)
     is_correct = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
     entropy = torch.empty_like(log_probs) if call.with_entropy else None
@@ -285,5 +285,5 @@ def run_chunks(
                 residual.scatter_add_(1, target.unsqueeze(1), -total.unsqueeze(1))
             if call.softcap is not None:  # the cap's slope is 1 - (z / softcap)^2
                 residual.addcmul_(residual, logits.square_(), value=-1.0 / call.softcap**2)
-            gradients.add(head, _Chunk(span, rows[span], residual, total, weight_of_row))
+            gradients.add(head, Chunk(span, rows[span], residual, total, weight_of_row))
     return RowStatistics(log_probs, is_correct, entropy)

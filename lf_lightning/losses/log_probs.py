@@ -60,7 +60,7 @@ def cross_entropy_sums(
     entropy). Departs from it: plain PyTorch, a sum instead of a mean, and float16 gradients of logits are rounded
     before the loss scale of a GradScaler is applied, not after.
     """
-    index, rows, counted = _counted_rows(hidden, targets)
+    index, rows, counted = counted_rows(hidden, targets)
     call = Call.of(hidden, output_layer, num_rows=len(index), chunk_size=chunk_size)
     inputs = (rows, output_layer.weight, output_layer.bias, counted, call)
     return CrossEntropySums(*_CrossEntropy.apply(*inputs))  # type: ignore[no-untyped-call]
@@ -115,7 +115,7 @@ def token_statistics(
 
     Source: the log-softmax of the output layer at the target; recomputation as in Chen et al. 2016, arXiv:1604.06174.
     """
-    index, rows, counted = _counted_rows(hidden, targets)
+    index, rows, counted = counted_rows(hidden, targets)
     call = Call.of(
         hidden,
         output_layer,
@@ -193,7 +193,7 @@ def length_desensitized(whole: Tensor, front: Tensor, *, ld_alpha: float) -> Ten
     return front + ld_alpha * (whole - front)
 
 
-def _counted_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def counted_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Flat positions (N,) of targets that count, with their hidden states (N, H) and targets (N,)."""
     assert hidden.shape[:-1] == targets.shape, f"hidden {tuple(hidden.shape)} does not fit {tuple(targets.shape)}"
     flat = targets.flatten()

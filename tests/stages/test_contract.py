@@ -6,7 +6,9 @@ PyTorch loop in float64: one process, one unit at a time, full logits, `cross_en
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import random
 import signal
@@ -21,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lf_lightning.models import Full, load_backbone
@@ -138,14 +140,34 @@ def block_units(stage: str, lengths: tuple[int, ...], size: int, *, isolate: boo
     return units
 
 
-def nll_sum(model: Any, unit: Unit) -> tuple[Tensor, int, int]:
-    """Summed negative log-likelihood, number of correct predictions and number of predictions of a unit."""
+def loss_sum(logits: Tensor, target: Tensor, reference: Tensor, init: dict[str, Any]) -> Tensor:
+    """The loss of a document, as SFT's options say, written another way than the package does."""
+    kind, smoothing = init.get("loss", "cross_entropy"), init.get("label_smoothing", 0.0)
+    learned = target != IGNORE
+    logits, target, reference = logits[learned], target[learned], reference[learned]
+    nll = cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+    if kind == "cross_entropy":
+        return nll.sum()
+    if kind == "eaft":
+        top = logits.detach().softmax(1).sort(1, descending=True).values[:, :20]
+        top = top / top.sum(1, keepdim=True)
+        return (-(top * top.log()).sum(1) / math.log(20) * nll).sum()
+    anchor = kl_div(logits.log_softmax(1), reference.softmax(1), reduction="sum")
+    return (nll.detach().neg().exp() * nll).sum() + (init["asft_alpha"] * anchor if kind == "asft" else 0)
+
+
+def unit_sums(model: Any, unit: Unit, frozen: Any, init: dict[str, Any]) -> tuple[Tensor, int, int]:
+    """Summed loss, number of correct predictions and number of predictions of a unit."""
     total, num_correct, count = torch.zeros((), dtype=torch.float64), 0, 0
     for ids, labels in unit:
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+        reference = logits
+        if init.get("loss") == "asft":
+            with torch.no_grad():
+                reference = frozen(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
         target = torch.tensor(labels[1:])
         if len(target):
-            total = total + cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+            total = total + loss_sum(logits, target, reference, init)
             learned = target != IGNORE
             num_correct += int((logits.argmax(-1) == target)[learned].sum())
             count += int(learned.sum())
@@ -157,9 +179,10 @@ def plain_loop(case: dict[str, Any], epochs: list[list[list[Unit]]], eval_units:
     spec = backbone_spec({**case, "attention": "sdpa"})  # transformers' eager softmax rounds to float32
     model = load_backbone(spec, Full(), vocab_size=259, seed=SEED).causal_lm.double()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, **ADAMW)
+    frozen, init = copy.deepcopy(model), case.get("init", {})
     gradients, losses = [], []
     for units in (units for steps in epochs for units in steps):
-        sums = [nll_sum(model, unit) for unit in units]
+        sums = [unit_sums(model, unit, frozen, init) for unit in units]
         loss = sum(total for total, _, _ in sums) / sum(count for _, _, count in sums)
         optimizer.zero_grad()
         loss.backward()
@@ -167,7 +190,7 @@ def plain_loop(case: dict[str, Any], epochs: list[list[list[Unit]]], eval_units:
         losses.append(float(loss.detach()))
         optimizer.step()
     with torch.no_grad():
-        sums = [nll_sum(model, unit) for unit in eval_units]
+        sums = [unit_sums(model, unit, frozen, init) for unit in eval_units]
     count = sum(count for _, _, count in sums)
     val_loss = float(sum(total for total, _, _ in sums)) / count
     return Record(gradients, losses, val_loss, sum(correct for _, correct, _ in sums) / count)
@@ -186,7 +209,7 @@ class Case(NamedTuple):
     @property
     def key(self) -> str:
         """Cases with the same key differ in their layout alone, so that they share a reference."""
-        named = {name: self.options[name] for name in ("stage", "tied", "dtype", "attention")}
+        named = {name: self.options[name] for name in ("stage", "tied", "dtype", "attention", "init")}
         return json.dumps([named, self.epochs, self.eval_units])
 
 
@@ -199,12 +222,14 @@ def case(
     tied: bool = False,
     dtype: str = "float64",
     attention: str = "sdpa",
+    init: dict[str, Any] | None = None,
     **data: Any,
 ) -> Case:
     data = {"shuffle": False, "max_length": 64, "global_batch_size": 8, "template": "auto", **data}
     if stage == "PT":
         data["template"] = "default"
     options = {"name": name, "stage": stage, "tied": tied, "dtype": dtype, "attention": attention}
+    options["init"] = init or {}
     options |= {"epochs": len(epochs), "data": data}
     return Case(options, epochs, one_document_units(stage, EVAL_LENGTHS) if eval_units is None else eval_units)
 
@@ -258,6 +283,25 @@ def pack_cases() -> list[Case]:
         evaluate = [[documents_of("PT", EVAL_LENGTHS, 11)[index] for index in pack] for pack in EVAL_KNAPSACK]
         name = f"knapsack-{layout}-{micro_batch_size}"
         cases.append(case(name, "PT", epochs=[chunks(train, 2)], eval_units=evaluate, packing="knapsack", **options))
+    return cases
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "smoothed": {"label_smoothing": 0.2},
+    "dft": {"loss": "dft"},
+    "eaft": {"loss": "eaft"},
+    "asft": {"loss": "asft", "asft_alpha": 0.5},
+}
+
+
+def loss_cases() -> list[Case]:
+    """SFT's other losses in three layouts; steps of 8 and 2 units."""
+    epochs = [chunks(one_document_units("SFT", TRAIN_LENGTHS), 8)]
+    cases = []
+    for (name, init), rule in product(LOSSES.items(), ("2x4", "8x1", "tokens")):
+        train, evaluate = RULES[rule]
+        options: dict[str, Any] = {**train, **evaluate, "layout": "padded" if rule == "2x4" else "padding_free"}
+        cases.append(case(f"{name}-{rule}", "SFT", epochs=epochs, init=init, tied=rule == "8x1", **options))
     return cases
 
 
@@ -381,11 +425,11 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_one_rank_no_layout_changes_gradients_or_eval_loss(tmp_path: Path) -> None:
-    prove([*layout_cases(), *short_step_cases(), *pack_cases()], 1, tmp_path)
+    prove([*layout_cases(), *short_step_cases(), *pack_cases(), *loss_cases()], 1, tmp_path)
 
 
 def test_on_two_ranks_no_layout_changes_gradients_or_eval_loss(tmp_path: Path) -> None:
-    prove([*layout_cases(), *short_step_cases(), *pack_cases()], 2, tmp_path)
+    prove([*layout_cases(), *short_step_cases(), *pack_cases(), *loss_cases()], 2, tmp_path)
 
 
 def test_on_three_ranks_fillers_add_nothing_and_dropout_is_drawn_apart(tmp_path: Path) -> None:
