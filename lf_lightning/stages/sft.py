@@ -114,9 +114,7 @@ class SFT(CausalLMStage):
         return states
 
 
-def token_loss_of(
-    loss: LossName, *, label_smoothing: float, eaft_alpha: float, asft_alpha: float
-) -> TokenLoss | None:
+def token_loss_of(loss: LossName, *, label_smoothing: float, eaft_alpha: float, asft_alpha: float) -> TokenLoss | None:
     """The loss of a token with its constants; None for the plain negative log-likelihood, which has a faster way."""
 
     def smoothed(logits: Tensor, targets: Tensor, _: Tensor | None) -> TokenLosses:

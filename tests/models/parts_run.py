@@ -1,15 +1,11 @@
-"""Reads models in parts, trains, saves and loads them on two ranks; started by test_parts.py.
+"""Reads models in parts, trains, saves and loads them on two ranks, which test_parts.py forks.
 
-    python parts_run.py <folder> <rank>
-
-writes <folder>/<case>.<rank>.pt for every case, and <folder>/<case>/ as a checkpoint.
+Writes <folder>/<case>.<rank>.pt for every case, and <folder>/<case>/ as a checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +178,11 @@ def seen(name: str, case: dict[str, Any], folder: Path, rank: int) -> dict[str, 
     return found
 
 
-def main() -> None:
+def run(folder: Path, rank: int) -> None:
     """Run every case on this rank."""
     torch.set_num_threads(1)
-    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    os.environ["LOCAL_RANK"] = str(rank)  # the mesh asks for it
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for name, case in CASES.items():
         torch.save(seen(name, case, folder, rank), folder / f"{name}.{rank}.pt")
         print(name, "done", flush=True)
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

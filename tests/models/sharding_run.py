@@ -1,14 +1,10 @@
-"""Generates and trains with a model that is sharded over two ranks; started by test_sharding.py.
+"""Generates and trains with a model that is sharded over two ranks, which test_sharding.py forks.
 
-    python sharding_run.py <folder> <rank>
-
-writes <folder>/<case>.<rank>.pt for every case: what this rank saw of the sharded model, and of one that is not.
+Writes <folder>/<case>.<rank>.pt for every case: what this rank saw of the sharded model, and of one that is not.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,17 +181,11 @@ def seen(case: dict[str, Any], folder: Path, rank: int) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def run(folder: Path, rank: int) -> None:
     """Run every case on this rank."""
     torch.set_num_threads(1)
-    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    os.environ["LOCAL_RANK"] = str(rank)  # the mesh asks for it
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for name, case in CASES.items():
         torch.save(seen(case, folder, rank), folder / f"{name}.{rank}.pt")
         print(name, "done", flush=True)
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -21,6 +21,7 @@ from tests.models import parts_run
 from tests.models.parts_run import CASES, WORDS
 from tests.models.sharding_run import LLAMA
 from tests.models.test_sharding import run_on_two_ranks
+from tests.ranks import made_once
 
 Seen = dict[str, list[dict[str, Any]]]
 BASES: dict[str, dict[str, Any]] = {
@@ -31,22 +32,23 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("parts")
-    for name, changes in BASES.items():
-        values = {**LLAMA, "vocab_size": WORDS, "intermediate_size": 28, **changes}
-        dtype = getattr(torch, values.pop("dtype", "float32"))  # by name, as a config has it
-        torch.manual_seed(1)
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.save_pretrained(found / name, max_shard_size="8KB")
-    return found
+    def make(folder: Path) -> None:
+        for name, changes in BASES.items():
+            values = {**LLAMA, "vocab_size": WORDS, "intermediate_size": 28, **changes}
+            dtype = getattr(torch, values.pop("dtype", "float32"))  # by name, as a config has it
+            torch.manual_seed(1)
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model.save_pretrained(folder / name, max_shard_size="8KB")
+        run_on_two_ranks(parts_run.run, folder, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})  # other threads are not seen
+
+    return made_once(tmp_path_factory, "parts", make)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def seen(folder: Path) -> Seen:
-    run_on_two_ranks(Path(parts_run.__file__), folder, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})  # other threads are not seen
     return {name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in (0, 1)] for name in CASES}
 
 

@@ -6,9 +6,7 @@ Both ranks run sharding_run.py once; every test reads what they saw.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from lf_lightning.models import Full, load_backbone
 from lf_lightning.models.sharding import whole
 from tests.models import sharding_run
 from tests.models.sharding_run import CASES, LIMITS, LLAMA, PROMPTS, WORDS, answers
+from tests.ranks import fork_ranks, made_once
 
 ANSWERS, STEPS = (0, 2), (1, 3)
 """Where `seen` keeps answers and steps, of the model that is cut and of the one that is not."""
@@ -27,34 +26,26 @@ EXACT = [name for name in CASES if name != "half"]
 Seen = dict[str, list[dict[str, Any]]]
 
 
-def run_on_two_ranks(script: Path, folder: Path, more: dict[str, str] | None = None) -> None:
-    """Run a script once for each rank; both are stopped where they wait for each other."""
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1", **(more or {})}
-    processes = []
-    for rank in (0, 1):
-        command = [sys.executable, str(script), str(folder), str(rank)]
-        with (folder / f"log{rank}").open("w") as log:
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True))
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = [-1]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    logs = "\n".join((folder / f"log{rank}").read_text()[-2000:] for rank in (0, 1))
-    assert codes == [0, 0], logs
+def run_on_two_ranks(run: Callable[[Path, int], None], folder: Path, more: dict[str, str] | None = None) -> None:
+    """Call a function with the folder and the rank on each of two ranks."""
+
+    def on_a_rank() -> None:
+        os.environ.update(more or {})
+        run(folder, int(os.environ["RANK"]))
+
+    fork_ranks(on_a_rank, 2, folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Case -> what each of two ranks saw; they are stopped where they wait for each other."""
-    folder = tmp_path_factory.mktemp("sharding")
-    spec = BackboneSpec(architecture=LLAMA, tokenizer="bytes", dtype="float64")
-    load_backbone(spec, Full(), vocab_size=WORDS, seed=3).causal_lm.save_pretrained(folder / "base")
-    run_on_two_ranks(Path(sharding_run.__file__), folder)
+    """Case -> what each of two ranks saw."""
+
+    def make(folder: Path) -> None:
+        spec = BackboneSpec(architecture=LLAMA, tokenizer="bytes", dtype="float64")
+        load_backbone(spec, Full(), vocab_size=WORDS, seed=3).causal_lm.save_pretrained(folder / "base")
+        run_on_two_ranks(sharding_run.run, folder)
+
+    folder = made_once(tmp_path_factory, "sharding", make)
     return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)] for name in CASES}
 
 

@@ -1,15 +1,8 @@
-"""Fits the cases of the step contract with a real Trainer and writes what each rank saw; started by test_contract.py.
-
-    python contract_run.py <folder> <ranks>
-
-reads <folder>/cases.json, a list of cases, and writes <folder>/<name>.<rank>.pt for each. All cases share one start-up.
-"""
+"""Fits cases of the step contract with a real Trainer, on ranks that test_contract.py forks; keeps what each saw."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -180,17 +173,12 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Fit every case; each rank writes its own files."""
+def fit_all(cases: list[dict[str, Any]], num_ranks: int, folder: Path) -> None:
+    """Fit every case on this rank and write what it saw to <folder>/<name>.<rank>.pt."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     LlamaRMSNorm.forward = exact_norm
-    folder, num_ranks = Path(sys.argv[1]), int(sys.argv[2])
-    for case in json.loads((folder / "cases.json").read_text()):
+    for case in cases:
         record = fit(case, num_ranks, folder)
         rank = torch.distributed.get_rank() if num_ranks > 1 else 0
         torch.save(record, folder / f"{case['name']}.{rank}.pt")
-
-
-if __name__ == "__main__":
-    main()

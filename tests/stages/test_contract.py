@@ -1,6 +1,6 @@
 """The proof of the step contract: how units lie on micro-batches and ranks never changes gradients or eval loss.
 
-Every case is a real `Trainer.fit` (contract_run.py, one start-up for each number of ranks) and is compared with a plain
+Every case is a real `Trainer.fit` (contract_run.py, one launch for each number of ranks) and is compared with a plain
 PyTorch loop in float64: one process, one unit at a time, full logits, `cross_entropy(sum) / count`, hand-made tokens.
 """
 
@@ -9,11 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -27,7 +23,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lf_lightning.models import Full, load_backbone
-from tests.stages.contract_run import ADAMW, SEED, backbone_spec, exact_norm
+from tests.ranks import fork_ranks
+from tests.stages.contract_run import ADAMW, SEED, backbone_spec, exact_norm, fit_all
 
 IGNORE = -100
 TRAIN_LENGTHS = (3, 17, 9, 30, 5, 22, 12, 7, 26, 14)
@@ -346,20 +343,9 @@ def run(cases: list[Case], num_ranks: int, folder: Path) -> list[list[dict[str, 
 
 
 def launch(cases: list[dict[str, Any]], num_ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
-    """Run contract_run.py on the cases; what every rank saw of every case."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    root = Path(__file__).resolve().parents[2]
-    script = root / "tests" / "stages" / "contract_run.py"
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(folder), str(num_ranks)]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            code = process.wait(timeout=400)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its other ranks too: they would wait for each other forever
-            code = process.wait()
-    assert code == 0, (folder / "log").read_text()[-4000:]
+    """Fit the cases on ranks of their own; what every rank saw of every case."""
+    folder.mkdir(exist_ok=True)
+    fork_ranks(lambda: fit_all(cases, num_ranks, folder), num_ranks, folder)
     return [[torch.load(folder / f"{each['name']}.{rank}.pt") for rank in range(num_ranks)] for each in cases]
 
 

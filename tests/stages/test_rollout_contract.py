@@ -301,6 +301,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tokens": {"micro_batch_tokens": 90, "layout": "padding_free"},
 }
 FEW = ("padded 1", "free 3")
+ONE_AND_TWO_RANKS = [
+    pytest.param(1, FEW[:1], id="1"),
+    pytest.param(2, FEW[1:], id="2"),
+    pytest.param(1, FEW[1:], id="1-rest", marks=pytest.mark.slow),
+    pytest.param(2, FEW[:1], id="2-rest", marks=pytest.mark.slow),
+]
+"""Numbers of ranks, and the layouts in which every option is tried there."""
 LONG = {"max_new_tokens": 70}  # so that some responses stop by themselves
 SIZES = {"PPO": {"rollout_size": 4, "global_batch_size": 3}, "GRPO": {"rollout_size": 6, "global_batch_size": 4}}
 
@@ -314,13 +321,14 @@ def case(stage: str, constants: dict[str, Any], layout: str, **more: Any) -> dic
     return {**base, "stage": stage, "init": init, "data": data, "layout": layout, **more}
 
 
-def all_cases() -> Iterator[dict[str, Any]]:
+def all_cases(of_options: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Both stages in all layouts, and their options in those."""
     few = {"num_epochs": 2}
     for layout in LAYOUTS:
         yield case("PPO", few, layout, epochs=2)
         yield case("GRPO", {"group_size": 3, "num_epochs": 2}, layout)
     odd = {"gamma": 0.9, "gae_lambda": 0.8, "clip_range": 0.02, "value_clip_range": 0.01, "value_coef": 0.5}
-    for layout in FEW:
+    for layout in of_options:
         yield case("PPO", few | odd | {"entropy_coef": 0.05, "whiten_rewards": True}, layout, tied=True)
         yield case("PPO", few | {"kl_estimator": "k3", "kl_horizon": 20, "value_clip_range": None}, layout, epochs=2)
         scored = {"score_norm": "whiten", "score_clip": 0.6, "missing_eos_penalty": 1.0, "whiten_advantages": False}
@@ -394,9 +402,11 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_no_layout_and_no_number_of_ranks_changes_gradients_losses_or_metrics(num_ranks: int, tmp_path: Path) -> None:
-    cases = list(all_cases())
+@pytest.mark.parametrize(("num_ranks", "of_options"), ONE_AND_TWO_RANKS)
+def test_no_layout_and_no_number_of_ranks_changes_gradients_losses_or_metrics(
+    num_ranks: int, of_options: tuple[str, ...], tmp_path: Path
+) -> None:
+    cases = list(all_cases(of_options))
     records = run(cases, num_ranks, tmp_path)
     found = [line for each, ranks in zip(cases, records, strict=True) for line in differences(each, ranks)]
     found += list(unequal(cases, records))

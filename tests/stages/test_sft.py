@@ -107,7 +107,10 @@ def test_asft_of_a_continued_run_is_held_near_the_model_before_training(here: Pa
         ({"loss": "dft", "eaft_alpha": 2.0}, "eaft_alpha: belongs to loss: eaft, got loss: dft."),
         ({"asft_alpha": 2.0}, "asft_alpha: belongs to loss: asft, got loss: cross_entropy."),
         ({"reference": {"kind": "copy"}}, "reference: belongs to loss: asft, got loss: cross_entropy."),
-        ({"loss": "asft", "reference": {"precompute": True}}, "reference.precompute: asft compares whole distributions"),
+        (
+            {"loss": "asft", "reference": {"precompute": True}},
+            "reference.precompute: asft compares whole",
+        ),
         ({"loss": "focal"}, "loss"),
     ],
 )

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lf_lightning.models import Full, load_backbone
+from tests.ranks import made_once
 from tests.stages import test_contract, test_judgement_contract, test_rollout_contract
 from tests.stages.contract_run import SEED, backbone_spec
 from tests.stages.test_judgement_contract import furthest
@@ -79,13 +81,18 @@ def cases(folder: Path) -> Iterator[dict[str, Any]]:
 Pairs = dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     """Case -> what one process saw, and what each of two ranks did."""
-    folder = tmp_path_factory.mktemp("sharded")
-    listed = list(cases(folder))
-    alone, shared = (test_contract.launch(listed, number, folder) for number in (1, 2))
-    return {each["name"]: (one, two) for each, (one,), two in zip(listed, alone, shared, strict=True)}
+
+    def make(folder: Path) -> None:
+        listed = list(cases(folder))
+        alone, shared = (test_contract.launch(listed, number, folder / f"{number}") for number in (1, 2))
+        pairs = {each["name"]: (one, two) for each, (one,), two in zip(listed, alone, shared, strict=True)}
+        torch.save(pairs, folder / "seen.pt")
+
+    found: Pairs = torch.load(made_once(tmp_path_factory, "sharded", make) / "seen.pt", weights_only=False)
+    return found
 
 
 @pytest.mark.parametrize("name", [f"{s}-{t}-{'tied' if tied else 'untied'}" for s, (t, tied) in product(STAGES, KINDS)])
