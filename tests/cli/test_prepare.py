@@ -199,6 +199,7 @@ def test_encoding_may_take_longer_than_the_processes_wait_for_each_other(here: P
     assert cached(here / "cache").is_dir()
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_used_ends_all_processes_with_its_line(here: Path):
     (here / "rows.json").write_text(json.dumps([*ROWS[:5], {"instruction": "no answer"}]))
     path = write(here, config(trainer__strategy="ddp", **TWO))

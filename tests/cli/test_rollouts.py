@@ -30,6 +30,7 @@ from lf_lightning import (
 )
 from lf_lightning.__main__ import main
 from tests.cli.runs import INIT, LLAMA, ROWS, lightning, log_rows, losses, weights, write
+from tests.ranks import fork_ranks
 from tests.stages.judgement_runs import fit as fit_judged
 from tests.stages.rollout_runs import EXACT, LENGTH, REWARDS, SPREAD, fit, rolled
 
@@ -290,7 +291,7 @@ def test_two_ranks_give_what_one_gives(stage: str, sampled: bool, here: Path, ro
     assert two == pytest.approx(one, rel=1e-4, abs=1e-4)
 
 
-def test_ranks_whose_weights_are_cut_score_uneven_shares_by_an_adapter(here: Path, model: Path, root: Path):
+def test_ranks_whose_weights_are_cut_score_uneven_shares_by_an_adapter(here: Path, model: Path):
     judge = fit_judged(here, "RM", "judge", lora=model, trainer__max_steps=2) / "final"
     (here / "rows.json").write_text(json.dumps(ROWS))
     reward = {"class_path": "RewardAdapter", "init_args": {"path": str(judge), "batch_size": 1}}
@@ -298,10 +299,10 @@ def test_ranks_whose_weights_are_cut_score_uneven_shares_by_an_adapter(here: Pat
     one = fit(here, "PPO", "one", **changes)
     changes |= {"trainer__devices": 2, "trainer__strategy": "fsdp2", "checkpoint__every_n_steps": None}
     path = write(here, rolled("PPO", "two", **changes), "two.yaml")
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        command(here, path), capture_output=True, text=True, env=environment, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def on_a_rank() -> None:
+        assert main(["fit", "--config", path]) == 0
+
+    fork_ranks(on_a_rank, 2, here)
     rewards = [[row["reward"] for row in log_rows(run)] for run in (one, here / "two")]
     assert rewards[1] == pytest.approx(rewards[0], rel=1e-5)

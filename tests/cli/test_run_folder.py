@@ -483,6 +483,7 @@ def kill_at_step(process: subprocess.Popen[bytes], run: Path, step: int, delay: 
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_twice_ends_with_the_same_weights(here: Path, root: Path):
     settings = config(trainer__max_steps=60, checkpoint__every_n_steps=1, checkpoint__save_top_k=3)
     assert lightning("fit", here, {**settings, "trainer": {**settings["trainer"], "default_root_dir": "straight"}}) == 0

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lf_lightning.__main__ import main
 from tests.cli.runs import config, lightning, losses, steps, weights, write
+from tests.ranks import fork_ranks
 
 LIMIT = 400
 """Seconds that a run may take on a busy machine."""
@@ -30,13 +32,14 @@ def start(folder: Path, settings: dict[str, Any], *arguments: str) -> subprocess
         return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Wait for a run to end well; it is killed where it does not."""
-    try:
-        code = process.wait(timeout=LIMIT)
-    finally:
-        kill(process)
-    assert code == 0, (folder / "log").read_text()[-3000:]
+def run(folder: Path, settings: dict[str, Any], *arguments: str) -> None:
+    """The command on two ranks that a launcher has started; both end well."""
+    command = ["fit", "--config", write(folder, settings), *arguments]
+
+    def on_a_rank() -> None:
+        assert main(command) == 0
+
+    fork_ranks(on_a_rank, 2, folder)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -60,7 +63,7 @@ def furthest(one: Path, other: Path) -> float:
 
 
 def test_a_run_that_shares_its_model_is_killed_and_continued_on_any_ranks(here: Path) -> None:
-    finish(start(here, shared(here / "straight")), here)
+    run(here, shared(here / "straight"))
     killed = start(here, shared(here / "killed"))
     try:
         manifest = here / "killed" / "checkpoints" / "step-00000002" / "manifest.json"
@@ -71,7 +74,7 @@ def test_a_run_that_shares_its_model_is_killed_and_continued_on_any_ranks(here: 
         kill(killed)
     assert manifest.exists(), (here / "log").read_text()[-3000:]
     shutil.copytree(here / "killed", here / "others")
-    finish(start(here, shared(here / "killed"), "--ckpt_path", "last"), here)
+    run(here, shared(here / "killed"), "--ckpt_path", "last")
     assert weights(here / "killed" / "final") == weights(here / "straight" / "final")
     assert losses(here / "killed") == losses(here / "straight")
 
@@ -79,7 +82,7 @@ def test_a_run_that_shares_its_model_is_killed_and_continued_on_any_ranks(here: 
         shutil.rmtree(here / "others" / "checkpoints" / later)
     alone = config(here / "others", trainer__max_steps=4, checkpoint__every_n_steps=2)
     assert lightning("fit", here, alone, "--ckpt_path", "last") == 0
-    finish(start(here, shared(here / "others", "ddp"), "--ckpt_path", "last"), here)
+    run(here, shared(here / "others", "ddp"), "--ckpt_path", "last")
     assert steps(here / "others") == [f"step-{step:08d}" for step in (2, 4, 6)]
     assert furthest(here / "others" / "final", here / "straight" / "final") < 1e-4
     names = [sorted(path.name for path in (here / run / "final").iterdir()) for run in ("others", "straight")]
@@ -88,9 +91,9 @@ def test_a_run_that_shares_its_model_is_killed_and_continued_on_any_ranks(here: 
     assert state["state_dict"] == {}
 
 
-def test_bf16_mixed_trains_where_the_model_is_shared(tmp_path: Path) -> None:
-    settings = shared(tmp_path / "run", trainer__precision="bf16-mixed", trainer__max_steps=3)
-    finish(start(tmp_path, settings), tmp_path)
-    found = losses(tmp_path / "run")
+def test_bf16_mixed_trains_where_the_model_is_shared(here: Path) -> None:
+    settings = shared(here / "run", trainer__precision="bf16-mixed", trainer__max_steps=3)
+    run(here, settings)
+    found = losses(here / "run")
     assert len(found) == 3
     assert found[2] < found[0] - 0.2

@@ -109,7 +109,7 @@ def test_a_run_that_was_interrupted_twice_ends_with_the_weights_of_one_that_was_
 
 RECEIVERS = [
     ("group", signal.SIGTERM, 143),
-    ("second", signal.SIGINT, 130),
+    pytest.param("second", signal.SIGINT, 130, marks=pytest.mark.slow),
     pytest.param("first", signal.SIGTERM, 143, marks=pytest.mark.slow),
     pytest.param("group", signal.SIGINT, 130, marks=pytest.mark.slow),
     pytest.param("second", signal.SIGUSR1, 138, marks=pytest.mark.slow),

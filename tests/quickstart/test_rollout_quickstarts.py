@@ -88,6 +88,7 @@ EMIT: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["PPO", "GRPO"])
 def test_a_policy_learns_to_emit_one_token(stage: str, tmp_path: Path):
     config = json.loads(json.dumps(EMIT))
