@@ -152,14 +152,15 @@ def one_end() -> Iterator[None]:
     However this process ends, kill -9 included: such a rank would wait for half an hour for a meeting to which nobody
     comes. Ranks that a launcher such as torchrun has started are that launcher's to end.
     """
-    starter = os.environ.get(STARTER)
-    if starter is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+    variables = os.environ  # started ranks get them, and nothing else, from the process that starts them
+    starter = variables.get(STARTER)
+    if starter is not None and variables.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=_end_after, args=(int(starter),), daemon=True).start()
-    os.environ[STARTER] = str(os.getpid())
+    variables[STARTER] = str(os.getpid())
     try:
         yield
     finally:
-        del os.environ[STARTER]
+        del variables[STARTER]
 
 
 def _end_after(starter: int) -> None:

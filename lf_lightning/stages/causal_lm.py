@@ -16,7 +16,7 @@ class CausalLMStage(Stage):
 
     token_loss: TokenLoss | None = None
     """What is minimised instead of the plain negative log-likelihood."""
-    metrics = ("accuracy",)
+    metrics: tuple[str, ...] = ("accuracy",)
 
     def reference_states(self, micro_batch: TokenBatch) -> CountedStates | None:
         """What a reference says of a micro-batch. A hook: most losses know none."""

@@ -98,6 +98,21 @@ def test_asft_of_a_continued_run_is_held_near_the_model_before_training(here: Pa
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"label_smoothing": 0.3}, id="defect_73_label_smoothing"),
+        pytest.param({"loss": "asft", "asft_alpha": 3.0}, id="defect_17_asft"),
+    ],
+)
+def test_accumulation_multiplies_no_loss(here: Path, options: dict[str, Any]):
+    whole = run(here, "whole", **options)
+    for size in (1, 2):
+        parts = merged(settings(f"parts{size}", **options), {"data.micro_batch_size": size, "data.layout": "padded"})
+        assert lightning("fit", here, parts) == 0
+        assert losses(here / f"parts{size}") == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize(
     ("options", "line"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing: must be in [0, 1), got 1.0."),
