@@ -17,8 +17,8 @@ from lf_lightning.data.store import NUM_REASONS, InvalidRows, StoreSummary, Toke
 from lf_lightning.data.stream import Buffer, Stream
 from lf_lightning.types import InputError
 
-AT_ONCE = 64
-"""Rows that are encoded together where nobody knows how many are needed."""
+AT_ONCE = 128
+"""Rows that are encoded together, in one call of the tokenizer for each dataset; the result does not depend on it."""
 COUNTS = ("rows", "kept", "documents", "cut_rows", "cut_tokens", "dropped", "per_turn", "last_turn")
 """What is counted of the rows of each dataset in a pass: StoreSummary's, without `num_`."""
 
@@ -70,7 +70,7 @@ class StreamDocuments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; rows are read when they are asked for."""
-        self._epoch = state["epoch"]
+        self.epoch: int = state["epoch"]
         self._buffers = self.stream.buffers(state["epoch"], state["buffer"], state["start"])
         self._buffer: Buffer | None = None
         self._loaded = {name: state[name] for name in ("epoch", "buffer", "start")}
@@ -125,7 +125,7 @@ class StreamDocuments:
 
     def _take(self, num_documents: int) -> list[StreamedDocument]:
         found: list[StreamedDocument] = []
-        while (missing := num_documents - len(found)) and (entry := self._first(missing)) is not None:
+        while (missing := num_documents - len(found)) and (entry := self._first()) is not None:
             left = entry.documents[self._documents :][:missing]
             found += [StreamedDocument(entry.origin.shard, entry.origin.row, encoded) for encoded in left]
             self._documents += len(left)
@@ -134,7 +134,7 @@ class StreamDocuments:
 
     def _take_tokens(self, num_tokens: int) -> list[StreamedDocument]:
         found: list[StreamedDocument] = []
-        while num_tokens and (entry := self._first(AT_ONCE)) is not None:
+        while num_tokens and (entry := self._first()) is not None:
             whole = entry.documents[self._documents]
             end = min(len(whole.input_ids), self._tokens + num_tokens)
             part = slice(self._tokens, end)
@@ -147,33 +147,34 @@ class StreamDocuments:
                 self._drop_used()
         return found
 
-    def _first(self, num_rows: int) -> _Entry | None:
-        """The first row with something left, read with as many as are missing; None at the end of a pass."""
-        while not self._entries:
-            if not self._read(num_rows):
-                return None
+    def _first(self) -> _Entry | None:
+        """The first row with something left, None at the end of a pass; what cannot be used is refused or dropped."""
+        while self._entries or self._read():
+            entry = self._entries[0]
+            if self._documents < len(entry.documents):
+                return entry
+            if isinstance(entry.result, RowProblem):
+                self._complain(entry.origin, entry.result.reason)
             self._drop_used()
-        return self._entries[0]
+        return None
 
     def _drop_used(self) -> None:
-        """Count the rows that have nothing left."""
-        while self._entries and self._documents == len(self._entries[0].documents):
+        """Count the first row where nothing of it is left."""
+        if self._documents == len(self._entries[0].documents):
             self._count(self._entries.popleft())
             self._documents = 0
 
     # ------------------------------------------------------------------ reading
 
-    def _read(self, num_rows: int) -> bool:
-        """Encode the next rows of the pass, at most so many; whether there were any."""
+    def _read(self) -> bool:
+        """Encode the next rows of the pass; whether there were any."""
         buffer = self._buffer
         if buffer is None or (self._index == len(buffer.rows) and not buffer.is_last):
             buffer, self._index = next(self._buffers), 0 if buffer is not None else self._index
             self._buffer = buffer
-        chosen = range(self._index, min(self._index + num_rows, len(buffer.rows)))
+        chosen = range(self._index, min(self._index + AT_ONCE, len(buffer.rows)))
         origins = [buffer.rows[index] for index in chosen]
         for index, origin, result in zip(chosen, origins, self._encoded(origins), strict=True):
-            if isinstance(result, RowProblem):
-                self._complain(origin, result.reason)
             self._entries.append(_Entry(buffer, index, origin, result))
         self._index += len(chosen)
         return bool(chosen)
@@ -217,8 +218,8 @@ class StreamDocuments:
 
     def _end_pass(self) -> None:
         for line in self.lines():
-            say(f"streaming: pass {self._epoch + 1} is over. {line}")
-        self.begin(self._epoch + 1)
+            say(f"streaming: pass {self.epoch + 1} is over. {line}")
+        self.begin(self.epoch + 1)
 
     def lines(self) -> list[str]:
         """What became of the rows of each dataset in this pass."""

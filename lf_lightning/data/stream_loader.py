@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from lf_lightning.console import say
 from lf_lightning.data.build import Encoder
 from lf_lightning.data.packing import block_units, sequence_units
 from lf_lightning.data.partners import step_partners
@@ -54,6 +55,8 @@ class StreamLoader:
         while self._step < self._num_steps:
             units, store = self._next_units()
             self._step, self._consumed_units = self._step + 1, self._consumed_units + len(units)
+            if self._step == self._num_steps:
+                self._say_counts()
             yield self._arrange(units, store)
 
     def _next_units(self) -> tuple[list[Unit], TokenStore]:
@@ -70,6 +73,11 @@ class StreamLoader:
             partners = step_partners(list(range(len(units))), len(units))
             units = [unit._replace(partner=partner) for unit, partner in zip(units, partners, strict=True)]
         return units, store
+
+    def _say_counts(self) -> None:
+        """What became of the rows of the last pass so far; Lightning does not ask for a step after the last one."""
+        for line in self._documents.lines():
+            say(f"streaming: {self._num_steps:,} steps end in pass {self._documents.epoch + 1}. {line}")
 
     def state_dict(self) -> dict[str, Any]:
         """The place, and the number of steps and units before it."""

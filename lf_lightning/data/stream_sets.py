@@ -86,8 +86,7 @@ class StreamSets(EncodedSets):
             counts = [sum(shard.source == index for shard in shards) for index in range(len(self._opened.sources))]
             named = zip(self._opened.sources, counts, strict=True)
             return [f"{source.name}: a stream of {count:,} shard{'s' * (count != 1)}" for source, count in named]
-        own = self._names[split] or split == "val"
-        return [summary.line() for summary in self[split].store.summaries] if own else []
+        return [summary.line() for summary in self[split].store.summaries] if split in self else []
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The prompts of a set with the answers that the data gives.
