@@ -311,6 +311,7 @@ class DataModule(DataDoors):
         """
         options = {name: self.arguments[name] for name in DECIDING}
         plan = self._rollout_plan._asdict() if self.task in ROLLING else {}
+        plan |= {"tokens": self.sets.tokens()} if isinstance(self.sets, StreamSets) else {}
         return {"seed": self.seed, **options, **plan, "num_units": num_units, "content": self._content}
 
     @cached_property

@@ -39,10 +39,12 @@ WHERE = {
     "num_epochs": "model.init_args.constants.num_epochs",
     "num_units": "data.datasets",
     "content": "data.datasets",
+    "tokens": "data.template",
 }
 """What the order follows from -> the option, where it has another name."""
 SAID = {
     "num_units": "give as many units as in the checkpoint, {before}, got {now}",
+    "tokens": "give the tokens of the checkpoint, got another template or tokenizer",
     "content": "give the rows of the checkpoint, in the same tokens, got others",
 }
 """What the line says, where it is not that an option must be the same."""

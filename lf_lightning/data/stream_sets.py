@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -121,13 +121,20 @@ class StreamSets(EncodedSets):
         return Stream(self._opened.shards, plan)
 
     def contents(self) -> str:
-        """Digest over what tells these shards, tokenizer and template from others, in hexadecimal.
+        """Digest over what tells these shards from others, in hexadecimal.
 
         Of a file it knows size and ends: reading all of it would take as long as the stream.
         """
-        digest = hashlib.sha256()
-        parts = [shard.digest for shard in self._opened.shards]
-        parts += [json.dumps(asdict(self.encoder.template), sort_keys=True), *tokenizer_facts(self.encoder.tokenizer)]
-        for part in parts:
-            digest.update(hashlib.sha256(part.encode()).digest())
-        return digest.hexdigest()[:32]
+        return _digest(shard.digest for shard in self._opened.shards)
+
+    def tokens(self) -> str:
+        """Digest over template and tokenizer, in hexadecimal."""
+        template = json.dumps(asdict(self.encoder.template), sort_keys=True)
+        return _digest([template, *tokenizer_facts(self.encoder.tokenizer)])
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part.encode()).digest())
+    return digest.hexdigest()[:32]
