@@ -181,6 +181,8 @@ def _records(value: Any, where: str) -> tuple[dict[str, Any], ...]:
 def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str, *, streaming: bool) -> None:
     for key in entry:
         if key in HUB_KEYS and streaming:
+            if "hf_hub_url" not in entry:
+                raise InputError(f"{where}: {key} is read with hf_hub_url alone. Remove it.")
             continue
         if key in UNSUPPORTED_KEYS:
             instead = " without data.streaming: true" if key in HUB_KEYS else ""
