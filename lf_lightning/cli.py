@@ -22,6 +22,7 @@ from lf_lightning.callbacks.secrets import check_no_login
 from lf_lightning.callbacks.signals import end_started_ranks, one_end
 from lf_lightning.console import quiet_libraries, say
 from lf_lightning.data.datamodule import DataModule
+from lf_lightning.data.stream_checks import check_stream_run
 from lf_lightning.models import GenerationEngine, Tuning
 from lf_lightning.models.rewards import Reward
 from lf_lightning.optim import OptimizerSpec
@@ -280,6 +281,14 @@ def check_config(config: Namespace) -> None:
         raise InputError(
             "model.init_args.optimizer.init_args.fused: must be false with trainer.precision: 16-mixed, got true. "
             "Change one of them."
+        )
+    if config.data.streaming:
+        reference = config.model.init_args.get("reference")
+        check_stream_run(
+            max_steps=trainer.max_steps,
+            max_epochs=trainer.max_epochs,
+            every_n_epochs=config.checkpoint.every_n_epochs,
+            precompute=bool(reference is not None and reference.precompute),
         )
     check_combination(config)
 

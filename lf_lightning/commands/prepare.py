@@ -44,14 +44,18 @@ def prepare(data: DataModule) -> None:
     Raises:
         InputError: There is no cache or no training set, a row cannot be used, or the cache cannot be written.
     """
-    if data.arguments["cache_dir"] is None:
-        raise InputError("data.cache_dir: must be a folder for prepare, got null. Name one that the run can read too.")
-    if "train" not in data.sets:
-        raise InputError(f"data.{SETS['train']}: must name at least one dataset, got none. Name one.")
     splits: list[Split] = [split for split in SETS if split in data.sets]
+    if "train" not in splits:
+        raise InputError(f"data.{SETS['train']}: must name at least one dataset, got none. Name one.")
+    if data.arguments["streaming"]:
+        data.sets.open("train")
+        _say_lines(data, ["train"])
+        say("train: a stream is encoded while training reads it, there is nothing to prepare")
+        splits = [split for split in SETS if data.names[split] and split != "train"]
+    if splits and data.arguments["cache_dir"] is None:
+        raise InputError("data.cache_dir: must be a folder for prepare, got null. Name one that the run can read too.")
     if data.task in ROLLING:
-        for line in [line for split in splits for line in data.sets.lines(split)]:
-            say(line)
+        _say_lines(data, splits)
         say(f"{data.task}: these prompts are in order; fit encodes them when it starts, and nothing is kept")
         return
     for split in splits:
@@ -59,10 +63,15 @@ def prepare(data: DataModule) -> None:
             say(f"{split}: {len(data.prompts(split)):,} prompts, encoded when predict starts, and not kept")
             continue
         data.sets.open(split)
-        for line in data.sets.lines(split):
-            say(line)
-    data.resolve_layout(ASSUMED)
-    data.train_dataloader()  # says how many units, tokens and steps there are
+        _say_lines(data, [split])
+    if "train" in splits:
+        data.resolve_layout(ASSUMED)
+        data.train_dataloader()  # says how many units, tokens and steps there are
     for split in splits:
         if split != "predict" or data.task == "rm":
             say(f"{split}: encoded in {data.sets[split].store.folder}")
+
+
+def _say_lines(data: DataModule, splits: list[Split]) -> None:
+    for line in [line for split in splits for line in data.sets.lines(split)]:
+        say(line)

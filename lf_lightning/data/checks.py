@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lf_lightning.data.formats import ALPACA_COLUMNS
+from lf_lightning.data.stream_checks import check_stream
 from lf_lightning.types import BackboneSpec, InputError, Source, Task
 
 LEAST = {
@@ -13,6 +14,7 @@ LEAST = {
     "val_size": 0,
     "global_batch_size": 1,
     "rollout_size": 1,
+    "buffer_size": 0,
     "micro_batch_size": 1,
     "micro_batch_tokens": 1,
     "eval_micro_batch_size": 1,
@@ -87,6 +89,7 @@ def check_options(task: Task, **options: Any) -> None:
         )
     _check_judging(task, options)
     _check_rolling(task, options)
+    check_stream(task, options)
 
 
 def _check_judging(task: Task, options: dict[str, Any]) -> None:

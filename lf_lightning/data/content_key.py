@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lf_lightning.data.build import Encoder
-from lf_lightning.data.sources import file_digest, source_files
+from lf_lightning.data.files import file_digest
+from lf_lightning.data.sources import source_files
 from lf_lightning.types import Source
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def content_key(encoder: Encoder, max_samples: int | None, invalid_rows: str) ->
         invalid_rows: What becomes of rows that cannot be used.
     """
     key = hashlib.sha256()
-    for part in (*_source_facts(encoder.sources), *_code_facts(), *_tokenizer_facts(encoder.tokenizer)):
+    for part in (*_source_facts(encoder.sources), *_code_facts(), *tokenizer_facts(encoder.tokenizer)):
         key.update(hashlib.sha256(part.encode()).digest())
     rest = [asdict(encoder.options), asdict(encoder.template), max_samples, invalid_rows]
     key.update(json.dumps(rest, sort_keys=True).encode())
@@ -47,7 +48,8 @@ def _code_facts() -> Iterable[str]:
     yield f"{version('transformers')} {version('tokenizers')}"
 
 
-def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
+    """Everything of a tokenizer that decides ids."""
     from transformers import PreTrainedTokenizerFast
 
     if isinstance(tokenizer, PreTrainedTokenizerFast):

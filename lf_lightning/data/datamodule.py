@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lf_lightning.console import say
 from lf_lightning.data.batches import settled_layout, settled_sharing
@@ -15,9 +15,14 @@ from lf_lightning.data.layout import micro_batch_rules, plan_lines
 from lf_lightning.data.loader import EvalLoader, StepLoader
 from lf_lightning.data.prompt_sets import PromptSets
 from lf_lightning.data.reader import Names, Reader
-from lf_lightning.data.resume import DECIDING, check_continues, contents_of_prompts, contents_of_store
+from lf_lightning.data.resume import DECIDING, check_continues, contents_of_prompts, contents_of_store, keeps_place
 from lf_lightning.data.rollouts import RolloutLoader, prompt_rows_of
 from lf_lightning.data.sets import EncodedSets, Split
+from lf_lightning.data.stream import MixStrategy
+from lf_lightning.data.stream_checks import check_stream_run
+from lf_lightning.data.stream_documents import StreamDocuments
+from lf_lightning.data.stream_loader import StreamLoader
+from lf_lightning.data.stream_sets import StreamSets
 from lf_lightning.lightning_private import global_seed
 from lf_lightning.types import (
     BackboneSpec,
@@ -27,9 +32,6 @@ from lf_lightning.types import (
     Task,
     UnitId,
 )
-
-if TYPE_CHECKING:
-    pass
 
 SETS: dict[Split, str] = {
     "train": "datasets",
@@ -63,6 +65,7 @@ class DataModule(DataDoors):
         max_length: Most tokens of a sequence or of a pack, > 1; longer rows are cut.
         max_samples: Use only the first rows of each dataset; empty means all.
         val_size: Rows of the training data that validate instead: a count (>= 1) or a share (below 1); 0 means none.
+            With streaming a count, of the first rows.
         global_batch_size: Units per optimizer step over all devices: the batch size of the mathematics. With ppo and
             grpo the responses of a minibatch.
         rollout_size: ppo, grpo: responses that are drawn, scored and then learned together; a multiple of grpo's
@@ -82,6 +85,14 @@ class DataModule(DataDoors):
         kl_pairs: kto: whose response stands against a prompt in the estimate of the KL. `step`: that of the next unit
             of the optimizer step, for the last unit the first's; `dataset`: that of the row before, always the same.
         shuffle: Visit the rows in a new order each epoch; false keeps the order of the files.
+        streaming: Read and encode the training rows while training, and as many as trainer.max_steps wants: for data
+            that is too large to encode beforehand. Validation rows are read at the start.
+        buffer_size: streaming: rows that are read, mixed and used together; 1 mixes none. Empty means 16384.
+        mix_strategy: streaming: how several datasets become one stream. `concat`: their files one after the other, in a
+            new order each pass. `interleave_under`, `interleave_over`, `interleave_once`: row by row, until the first
+            dataset has ended; until all have, where those that have begin anew; or until all have, each row once.
+        interleave_probs: streaming: how often a row is drawn from each of `datasets`, in their order; they are divided
+            by their sum. Empty draws from them in turn.
         seed: Seed of order and split; empty means the value of seed_everything.
         mask_history: Learn only the last answer of a conversation.
         train_on_prompt: Learn the prompt too.
@@ -94,7 +105,7 @@ class DataModule(DataDoors):
             difference is said. The units that it has consumed are then counted in the new order.
     """
 
-    _train_loader: StepLoader | RolloutLoader | None = None
+    _train_loader: StepLoader | RolloutLoader | StreamLoader | None = None
     _cursor: dict[str, Any] | None = None
 
     def __init__(
@@ -124,6 +135,10 @@ class DataModule(DataDoors):
         share_prompt: bool | None = None,
         kl_pairs: Literal["step", "dataset"] = "step",
         shuffle: bool = True,
+        streaming: bool = False,
+        buffer_size: int | None = None,
+        mix_strategy: MixStrategy = "concat",
+        interleave_probs: Sequence[float] | None = None,
         seed: int | None = None,
         mask_history: bool = False,
         train_on_prompt: bool = False,
@@ -136,13 +151,20 @@ class DataModule(DataDoors):
         arguments = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
         super().__init__()
         check_options(task, **arguments)
-        self.arguments, self.stored_reference, self.task = arguments, {}, task
-        self.backbone, self.global_batch_size = given_backbone(backbone), global_batch_size
-        (self.rule, self.eval_rule), self.seed = micro_batch_rules(arguments), global_seed() if seed is None else seed
         self.options = EncodeOptions(task, max_length, packing, train_on_prompt, mask_history, history)
-        self.reader = Reader(self.backbone, self.options, arguments)
-        self.sets = KINDS.get(task, EncodedSets)(self.reader, self.names, val_size=val_size, seed=self.seed)
-        self._layout, self._share_prompt = "padded" if layout == "auto" else layout, bool(share_prompt)
+        self._take(given_backbone(backbone), arguments)
+
+    def _take(self, backbone: BackboneSpec, arguments: dict[str, Any]) -> None:
+        """Take over options that have been checked."""
+        self.task, self.backbone, self.arguments, self.stored_reference = self.options.task, backbone, arguments, {}
+        self.global_batch_size: int = arguments["global_batch_size"]
+        self.rule, self.eval_rule = micro_batch_rules(arguments)
+        self.seed = global_seed() if arguments["seed"] is None else arguments["seed"]
+        self.reader = Reader(backbone, self.options, arguments)
+        kind = StreamSets if arguments["streaming"] else KINDS.get(self.task, EncodedSets)
+        self.sets = kind(self.reader, self.names, val_size=arguments["val_size"], seed=self.seed)
+        self._layout = "padded" if arguments["layout"] == "auto" else arguments["layout"]
+        self._share_prompt = bool(arguments["share_prompt"])
 
     @property
     def names(self) -> dict[Split, Names]:
@@ -202,16 +224,38 @@ class DataModule(DataDoors):
         """The sets that are encoded for what the trainer does; the first must exist."""
         return (self.sets.predicted,) if verb == "predict" and self.task == "rm" else WANTED.get(verb, ())
 
-    def train_dataloader(self) -> StepLoader | RolloutLoader:
+    def train_dataloader(self) -> StepLoader | RolloutLoader | StreamLoader:
         """The optimizer steps of this rank."""
-        loader = self._train_loader = self._rollouts() if self.task in ROLLING else self._steps()
+        if isinstance(self.sets, StreamSets):
+            loader: StepLoader | RolloutLoader | StreamLoader = self._stream(self.sets)
+        else:
+            loader = self._rollouts() if self.task in ROLLING else self._steps()
+        self._train_loader = loader
         cursor, self._cursor = self._cursor, None
         if cursor is not None:
             accepts, in_rollout = self.arguments["accept_changes"], bool(cursor.get("rollout_step"))
-            now = self._order(loader.num_units)
-            check_continues(cursor["order"], now, accepts=accepts, in_rollout=in_rollout)
-            loader.load_state_dict(cursor)
+            before, now = cursor["order"], self._order(loader.num_units)
+            check_continues(before, now, accepts=accepts, in_rollout=in_rollout)
+            if isinstance(loader, StreamLoader) and not keeps_place(before, now):
+                loader.begin_next_pass(cursor)
+            else:
+                loader.load_state_dict(cursor)
         return loader
+
+    def _stream(self, sets: StreamSets) -> StreamLoader:
+        max_steps, max_epochs = (self.trainer.max_steps, self.trainer.max_epochs) if self.trainer else (-1, None)
+        check_stream_run(max_steps=max_steps, max_epochs=max_epochs)
+        stream, encoder = sets.stream(self.arguments), sets.encoder
+        size = f"{self.global_batch_size:,} units"
+        say(f"train: {max_steps:,} steps of {size}, rows mixed {stream.plan.buffer_size:,} at a time")
+        return StreamLoader(
+            StreamDocuments(stream, encoder, invalid_rows=self.arguments["invalid_rows"]),
+            encoder,
+            num_steps=max_steps,
+            global_batch_size=self.global_batch_size,
+            arrange=lambda units, store: self._batches.step(units, store, self.rule),
+            wants_partners=lambda: self.task == "kto" and self.wants_partners,
+        )
 
     def _steps(self) -> StepLoader:
         costs = self._batches.costs(self.units("train"), self.sets["train"].store)
@@ -260,17 +304,20 @@ class DataModule(DataDoors):
         """
         self._cursor = state_dict or None
 
-    def _order(self, num_units: int) -> dict[str, Any]:
+    def _order(self, num_units: int | None) -> dict[str, Any]:
         """What the units and their order follow from; what names a difference best comes first.
 
         Names and paths of datasets are not in it: they may hold what belongs into no file, and the content says more.
         """
         options = {name: self.arguments[name] for name in DECIDING}
         plan = self._rollout_plan._asdict() if self.task in ROLLING else {}
+        plan |= {"tokens": self.sets.tokens()} if isinstance(self.sets, StreamSets) else {}
         return {"seed": self.seed, **options, **plan, "num_units": num_units, "content": self._content}
 
     @cached_property
     def _content(self) -> str:
+        if isinstance(self.sets, StreamSets):
+            return self.sets.contents()
         if self.task in ROLLING:
             return contents_of_prompts(self.prompts("train"))
         return contents_of_store(self.sets["train"].store)

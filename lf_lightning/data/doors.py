@@ -115,9 +115,10 @@ class DataDoors(LightningDataModule):
         """All units of an epoch on this rank, one micro-batch a StepBatch, without stored reference log-probs."""
         return EvalLoader(partial(self._one_by_one, split, epoch, stored=False))
 
-    def num_desirable(self, split: Split) -> tuple[int, int]:
-        """Rows of a set of kto that were liked, and rows that were not."""
-        return self.sets[split].num_desirable()
+    def num_desirable(self, split: Split) -> tuple[int, int] | None:
+        """Rows of a set of kto that were liked, and rows that were not; None of a stream, where nobody knows."""
+        streams = split == "train" and self.arguments["streaming"]
+        return None if streams else self.sets[split].num_desirable()
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The prompts of a set with the answers that the data gives; validation rows of a split training set too.

@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lf_lightning.data.checks import ROLLING
+from lf_lightning.data.build import Encoder
+from lf_lightning.data.checks import ROLLING, check_task
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.prompts import Prompt, prompt_rows
 from lf_lightning.data.sources import resolve_sources
@@ -54,22 +55,40 @@ class Reader:
 
     def store(self, names: Names) -> TokenStore:
         """Encode datasets, or open them from the cache."""
+        return self.store_of(self.sources(names), cache_dir=self._given["cache_dir"])
+
+    def store_of(self, sources: Sequence[Source], *, cache_dir: str | None) -> TokenStore:
+        """Encode sources, or open them from a cache."""
         given = self._given
         return build_store(
-            self._sources(names),
+            sources,
             self._options,
             self.tokenizer,
             self.template,
-            cache_dir=Path(given["cache_dir"]).expanduser() if given["cache_dir"] else None,
+            cache_dir=Path(cache_dir).expanduser() if cache_dir else None,
             num_workers=given["num_workers"],
             max_samples=given["max_samples"],
             invalid_rows=given["invalid_rows"],
         )
 
+    def encoder(self, sources: Sequence[Source]) -> Encoder:
+        """What encodes the rows of sources one by one.
+
+        Raises:
+            InputError: A dataset does not suit the task.
+        """
+        for source in sources:
+            check_task(source, self._options.task)
+        return Encoder(tuple(sources), self._options, self.tokenizer, self.template)
+
     def prompts(self, names: Names) -> list[Prompt]:
         """The prompts of datasets with the answers that the data gives."""
+        return self.prompts_of(self.sources(names))
+
+    def prompts_of(self, sources: Sequence[Source]) -> list[Prompt]:
+        """The prompts of sources with the answers that the data gives."""
         return prompt_rows(
-            self._sources(names),
+            sources,
             self.tokenizer,
             self.template,
             task=self._options.task,
@@ -78,6 +97,9 @@ class Reader:
             max_length=self._options.max_length if self._options.task in ROLLING else None,
         )
 
-    def _sources(self, names: Names) -> list[Source]:
+    def sources(self, names: Names, *, streaming: bool = False) -> list[Source]:
+        """What the configuration names."""
         given = self._given
-        return resolve_sources(list(names), given["dataset_dir"], allow_outside=given["allow_outside"])
+        return resolve_sources(
+            list(names), given["dataset_dir"], allow_outside=given["allow_outside"], streaming=streaming
+        )

@@ -14,6 +14,10 @@ from lf_lightning.data.store import TokenStore
 from lf_lightning.types import InputError
 
 DECIDING = (
+    "streaming",
+    "buffer_size",
+    "mix_strategy",
+    "interleave_probs",
     "template",
     "max_samples",
     "val_size",
@@ -28,15 +32,19 @@ DECIDING = (
     "global_batch_size",
 )
 """Options that decide which tokens make a step."""
+PLACING = ("seed", "buffer_size", "mix_strategy", "interleave_probs", "val_size", "shuffle", "content")
+"""What the place in a stream means nothing without."""
 WHERE = {
     "group_size": "model.init_args.constants.group_size",
     "num_epochs": "model.init_args.constants.num_epochs",
     "num_units": "data.datasets",
     "content": "data.datasets",
+    "tokens": "data.template",
 }
 """What the order follows from -> the option, where it has another name."""
 SAID = {
     "num_units": "give as many units as in the checkpoint, {before}, got {now}",
+    "tokens": "give the tokens of the checkpoint, got another template or tokenizer",
     "content": "give the rows of the checkpoint, in the same tokens, got others",
 }
 """What the line says, where it is not that an option must be the same."""
@@ -71,6 +79,8 @@ def check_continues(before: dict[str, Any], now: dict[str, Any], *, accepts: boo
     found = list(_differences(before, now))
     if not found:
         return
+    if before.get("streaming", False) != now["streaming"]:
+        raise InputError(f"{found[0]}. Change it back, or start afresh.")
     if not accepts:
         raise InputError(f"{found[0]}. Change it back, start afresh, or set data.accept_changes: true.")
     if in_rollout:
@@ -80,6 +90,13 @@ def check_continues(before: dict[str, Any], now: dict[str, Any], *, accepts: boo
         )
     for line in found:
         say(f"accepted: {line}")
+    if now["streaming"] and not keeps_place(before, now):
+        say("accepted: the place in the stream means nothing any more, the next pass over it begins")
+
+
+def keeps_place(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a place in the stream that `before` tells of is one in the stream of `now`."""
+    return all(before.get(name) == now.get(name) for name in PLACING)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

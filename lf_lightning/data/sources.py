@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-import hashlib
-import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lf_lightning.data.confinement import check_inside
+from lf_lightning.data.files import READERS, kind_of, kind_of_value, object_row, parse_json, read_rows, read_text
 from lf_lightning.types import InputError, Source
 
 FORMATTINGS = ("alpaca", "sharegpt", "openai", "text")
@@ -35,18 +34,26 @@ UNSUPPORTED_COLUMNS = ("images", "videos", "audios")
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
 ENTRY_KEYS = ("file_name", "formatting", "columns", "tags", "ranking")
 INLINE_KEYS = ("path", "name", "records", *ENTRY_KEYS)
-PLACES = ("path", "file_name", "records")
-UNSUPPORTED_KEYS = (
-    "hf_hub_url",
-    "ms_hub_url",
-    "om_hub_url",
-    "script_url",
-    "cloud_file_name",
-    "subset",
-    "split",
-    "folder",
-    "num_samples",
-)
+HUB_KEYS = ("hf_hub_url", "subset", "split", "folder")
+PLACES = ("path", "file_name", "records", "hf_hub_url")
+UNSUPPORTED_KEYS = (*HUB_KEYS, "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "num_samples")
+
+
+@dataclass(frozen=True)
+class HubSource(Source):
+    """A dataset of the hub, or a local folder laid out like one, which the datasets library reads.
+
+    Args:
+        repo: Its name on the hub, or the folder.
+        subset: The configuration of it; None where it has one only.
+        split: The split.
+        folder: A folder inside of it; None for all of it.
+    """
+
+    repo: str = ""
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -57,7 +64,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def resolve_sources(
-    datasets: list[str | dict[str, Any]], dataset_dir: str, *, allow_outside: bool = False
+    datasets: list[str | dict[str, Any]], dataset_dir: str, *, allow_outside: bool = False, streaming: bool = False
 ) -> list[Source]:
     """The sources that the entries of `data.datasets` mean.
 
@@ -66,6 +73,7 @@ def resolve_sources(
             (relative to the working folder, else to `dataset_dir`), or `records` with the rows themselves, and `name`.
         dataset_dir: Folder of dataset_info.json and of its files.
         allow_outside: Whether dataset_info.json may name files elsewhere.
+        streaming: Whether entries may name datasets of the hub, which are streamed alone.
 
     Raises:
         InputError: An unknown name or key, a key that is not supported yet, a missing or broken file.
@@ -75,9 +83,9 @@ def resolve_sources(
     sources = []
     for position, entry in enumerate(datasets):
         if isinstance(entry, str):
-            sources.append(_named_source(entry, info, folder, allow_outside=allow_outside))
+            sources.append(_named_source(entry, info, folder, allow_outside=allow_outside, streaming=streaming))
         elif isinstance(entry, dict):
-            sources.append(_inline_source(entry, f"data.datasets[{position}]", folder))
+            sources.append(_inline_source(entry, f"data.datasets[{position}]", folder, streaming=streaming))
         else:
             raise InputError(
                 f"data.datasets[{position}]: must be a name or a mapping, got {entry!r}. Write a name of "
@@ -93,36 +101,51 @@ def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / "dataset_info.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file. Set data.dataset_dir to its folder, or give datasets inline.")
-    info = _parse_json(_read_text(path), str(path))
+    info = parse_json(read_text(path), str(path))
     if not isinstance(info, dict):
-        raise InputError(f"{path}: must be an object of name -> entry, got {_kind(info)}. Put the entries in {{...}}.")
+        raise InputError(
+            f"{path}: must be an object of name -> entry, got {kind_of_value(info)}. Put the entries in {{...}}."
+        )
     return info
 
 
-def _named_source(name: str, info: dict[str, Any], folder: Path, *, allow_outside: bool) -> Source:
+def _named_source(name: str, info: dict[str, Any], folder: Path, *, allow_outside: bool, streaming: bool) -> Source:
     where = folder / "dataset_info.json"
     if name not in info:
         raise InputError(f"{where}: no dataset is called {name!r}.{nearest(name, info)}")
     entry = info[name]
     if not isinstance(entry, dict):
-        raise InputError(f'{where}, {name}: must be an object, got {_kind(entry)}. Write {{"file_name": ...}}.')
+        raise InputError(f'{where}, {name}: must be an object, got {kind_of_value(entry)}. Write {{"file_name": ...}}.')
     where_entry = f"{where}, {name}"
-    _check_keys(entry, ENTRY_KEYS, where_entry)
+    _check_keys(entry, ENTRY_KEYS, where_entry, streaming=streaming)
+    if "hf_hub_url" in entry:
+        return _hub_source(name, entry, where_entry)
     file_name = _text_value(entry, "file_name", where_entry)
     if not allow_outside:
         check_inside(file_name, folder, where_entry)
     return _source(name, folder / file_name, entry, where_entry)
 
 
-def _inline_source(entry: dict[str, Any], where: str, folder: Path) -> Source:
-    _check_keys(entry, INLINE_KEYS, where)
+def _inline_source(entry: dict[str, Any], where: str, folder: Path, *, streaming: bool) -> Source:
+    _check_keys(entry, INLINE_KEYS, where, streaming=streaming)
     given = [place for place in PLACES if place in entry]
     if len(given) != 1:
         got = " and ".join(given) or "none"
         raise InputError(f"{where}: give one of path, file_name or records, got {got}. Write {{path: rows.jsonl}}.")
+    if given == ["hf_hub_url"]:
+        return _hub_source(entry.get("name") or _text_value(entry, "hf_hub_url", where), entry, where)
     path = None if given == ["records"] else _inline_path(entry, where, folder)
     name = _text_value(entry, "name", where) if "name" in entry else path.stem if path else "records"
     return _source(name, path, entry, where)
+
+
+def _hub_source(name: str, entry: dict[str, Any], where: str) -> HubSource:
+    if "file_name" in entry:
+        raise InputError(f"{where}: give one of hf_hub_url or file_name, got both. Remove one.")
+    place: dict[str, Any] = {key: _text_value(entry, key, where) for key in HUB_KEYS if entry.get(key) is not None}
+    plain = _source(name, None, {"records": [{}], **entry}, where)
+    fields = {field.name: vars(plain)[field.name] for field in dataclass_fields(plain)}
+    return HubSource(**{**fields, "records": ()}, repo=place.pop("hf_hub_url"), **place)
 
 
 def _inline_path(entry: dict[str, Any], where: str, folder: Path) -> Path:
@@ -135,7 +158,7 @@ def _inline_path(entry: dict[str, Any], where: str, folder: Path) -> Path:
 def _source(name: str, path: Path | None, entry: dict[str, Any], where: str) -> Source:
     if path is not None and not path.exists():
         raise InputError(f"{where}: {path} does not exist. Correct the path, or put the file there.")
-    formatting = entry.get("formatting", "text" if path is not None and path.suffix == ".txt" else "alpaca")
+    formatting = entry.get("formatting", "text" if path is not None and kind_of(path) == ".txt" else "alpaca")
     if formatting not in FORMATTINGS:
         raise InputError(f"{where}: unknown formatting {formatting!r}.{nearest(str(formatting), FORMATTINGS)}")
     ranking = entry.get("ranking", False)
@@ -152,13 +175,18 @@ def _source(name: str, path: Path | None, entry: dict[str, Any], where: str) -> 
 def _records(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list | tuple) or not value:
         raise InputError(f"{where}: records must be a list of rows, got {value!r}. Write [{{column: value}}, ...].")
-    return tuple(_object_row(row, f"{where}, records", number) for number, row in enumerate(value, start=1))
+    return tuple(object_row(row, f"{where}, records", number) for number, row in enumerate(value, start=1))
 
 
-def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str, *, streaming: bool) -> None:
     for key in entry:
+        if key in HUB_KEYS and streaming:
+            if "hf_hub_url" not in entry:
+                raise InputError(f"{where}: {key} is read with hf_hub_url alone. Remove it.")
+            continue
         if key in UNSUPPORTED_KEYS:
-            raise InputError(f"{where}: {key} is not supported yet. Download the rows and give file_name.")
+            instead = " without data.streaming: true" if key in HUB_KEYS else ""
+            raise InputError(f"{where}: {key} is not supported yet{instead}. Download the rows and give file_name.")
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}.{nearest(str(key), known)}")
 
@@ -188,7 +216,8 @@ def source_files(source: Source) -> list[Path]:
     """The files of a source in reading order: the file itself, or all files of the folder by name; none of records.
 
     Raises:
-        InputError: The folder is empty or mixes types, or the type is not one of json, jsonl, csv, parquet, txt.
+        InputError: The folder is empty or mixes types, or the type is not one of json, jsonl, csv, parquet,
+            arrow, txt.
     """
     if source.path is None:
         return []
@@ -197,11 +226,11 @@ def source_files(source: Source) -> list[Path]:
     files = [source.path]
     if source.path.is_dir():
         files = sorted(path for path in source.path.iterdir() if path.is_file() and not path.name.startswith("."))
-        suffixes = sorted({path.suffix for path in files})
+        suffixes = sorted({kind_of(path) for path in files})
         if len(suffixes) != 1:
             got = "no file" if not files else f"the types {', '.join(suffixes)}"
             raise InputError(f"{source.path}: a folder must hold files of one type, got {got}. Give each type its own.")
-    if files[0].suffix not in READERS:
+    if kind_of(files[0]) not in READERS:
         raise InputError(
             f"{files[0]}: the type {files[0].suffix!r} is not supported. Write the rows as {', '.join(READERS)}."
         )
@@ -209,9 +238,7 @@ def source_files(source: Source) -> list[Path]:
 
 
 def load_rows(source: Source, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a source as the file has them; text files give one `{"text": line}` for each line that is not blank.
-
-    JSON is read by the json module and CSV as strings, so that no type or key is inferred from other rows.
+    """The rows of a source as its files have them, see `read_rows`.
 
     Args:
         source: The dataset.
@@ -221,128 +248,5 @@ def load_rows(source: Source, limit: int | None = None) -> list[dict[str, Any]]:
         InputError: A file is empty, broken or of an unsupported type, or a row is not an object.
     """
     files = source_files(source)
-    rows = chain.from_iterable(_file_rows(path) for path in files) if files else source.records
+    rows = (row for path in files for row, _ in read_rows(path)) if files else source.records
     return list(islice(rows, limit))
-
-
-def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
-    empty = True
-    for row in READERS[path.suffix](path):
-        empty = False
-        yield row
-    if empty:
-        raise InputError(f"{path}: holds no rows. Write at least one, or take the dataset out of data.datasets.")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of the bytes of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}. Correct the file."
-        ) from error
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _object_row(row: Any, path: Path | str, number: int) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise InputError(f'{path}, row {number}: must be an object, got {_kind(row)}. Write {{"column": value, ...}}.')
-    return row
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    text = _read_text(path)
-    if not text.strip():
-        return
-    rows = _parse_json(text, str(path))
-    if not isinstance(rows, list):
-        raise InputError(
-            f"{path}: must be an array of objects, got {_kind(rows)}. Put the rows in [...], or name the file .jsonl "
-            f"where each line is a row."
-        )
-    for number, row in enumerate(rows, start=1):
-        yield _object_row(row, path, number)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for row, (number, line) in enumerate(_lines(path), start=1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, row {row}: broken JSON at line {number}, column {error.colno}: {error.msg}. Correct the line."
-            ) from error
-        yield _object_row(value, path, row)
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for number, row in enumerate(reader, start=1):
-                if None in row or None in row.values():
-                    raise InputError(
-                        f"{path}, row {number}: must have {len(reader.fieldnames or ())} columns like the first line. "
-                        f"Quote cells that hold commas or line breaks."
-                    )
-                yield dict(row)
-        except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: broken CSV: {error}. Correct the line.") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise InputError(f"{path}: cannot be read as parquet: {reason}. Write the file again.") from error
-
-
-def _txt_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for _, line in _lines(path):
-        yield {"text": line}
-
-
-READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-    ".json": _json_rows,
-    ".jsonl": _jsonl_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-    ".txt": _txt_rows,
-}

@@ -114,8 +114,9 @@ class KTO(JudgementStage):
         if not self.feedback_loss.uses_kl and self.data.arguments["kl_pairs"] != "step":
             raise InputError(f"data.kl_pairs: {self.loss} estimates no kl, got dataset. Remove it, or set loss: kto.")
         self.data.wants_partners = self.feedback_loss.uses_kl
-        if self.trainer.state.fn == "fit":
-            warn_of_weights(self.desirable_weight, self.undesirable_weight, *self.data.num_desirable("train"))
+        numbers = self.data.num_desirable("train") if self.trainer.state.fn == "fit" else None
+        if numbers is not None:
+            warn_of_weights(self.desirable_weight, self.undesirable_weight, *numbers)
 
     # ------------------------------------------------------------------ the algorithm
 

@@ -42,6 +42,7 @@ LLAMA3 = {
 REAL: dict[str, tuple[dict[str, Any], int, int]] = {  # config, parameters of the model, parameters that train
     "sft/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
     "pt/qwen3-0.6b_full": (QWEN3, 596_049_920, 596_049_920),
+    "pt/qwen3-0.6b_streaming": (QWEN3, 596_049_920, 596_049_920),
     "rm/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
     "dpo/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
     "kto/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),

@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lf_lightning.data.sources import file_digest, load_rows, resolve_sources
+from lf_lightning.data.files import file_digest
+from lf_lightning.data.sources import load_rows, resolve_sources
 from lf_lightning.types import InputError, Source
 
 
