@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -36,6 +38,7 @@ from lf_lightning import (
     ScheduleSpec,
     ValueHeadSpec,
 )
+from lf_lightning.stages.fsdp2 import FSDP2Strategy
 from lf_lightning.types import FeedbackBatch, PreferenceBatch, PromptBatch, RolloutBatch, TokenBatch
 
 SEED = 3
@@ -55,8 +58,11 @@ ADAMW = {"lr": 1e-2, "eps": 1e-2}  # a large eps: rounding of a gradient near ze
 def backbone_spec(case: dict[str, Any]) -> BackboneSpec:
     """The model of a case."""
     if "base" in case:
-        return BackboneSpec(path=case["base"], tokenizer="bytes", dtype=case["dtype"], attention=case["attention"])
-    architecture = {**LLAMA, "tie_word_embeddings": case["tied"]}
+        more = {"gradient_checkpointing": case.get("gradient_checkpointing", False)}
+        return BackboneSpec(
+            path=case["base"], tokenizer="bytes", dtype=case["dtype"], attention=case["attention"], **more
+        )
+    architecture = {**LLAMA, "tie_word_embeddings": case["tied"], **case.get("architecture", {})}
     return BackboneSpec(architecture=architecture, tokenizer="bytes", dtype=case["dtype"], attention=case["attention"])
 
 
@@ -136,6 +142,12 @@ class Recorder(Callback):
         self.evaluated_units.append(micro_batch.num_units)
 
 
+def strategy_of(case: dict[str, Any]) -> str | FSDP2Strategy:
+    """The strategy of a case: by its name, or fsdp2 with options."""
+    asked = case.get("strategy", "ddp")
+    return FSDP2Strategy(**asked) if isinstance(asked, dict) else asked
+
+
 def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     """Train one case and tell what this rank saw."""
     seed_everything(SEED)
@@ -145,7 +157,7 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         LoRA(rank=2) if case.get("tuning") == "LoRA" else Full(),
         AdamW(**ADAMW),
         ScheduleSpec(kind="constant"),
-        max_grad_norm=None,
+        max_grad_norm=case.get("max_grad_norm"),
         **options_of(case),
     )
     stage.configure_callbacks = list  # no run folder: only the numbers of the step are looked at
@@ -153,7 +165,7 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     recorder = Recorder()
     trainer = Trainer(
         accelerator="cpu",
-        strategy=case.get("strategy", "ddp") if num_ranks > 1 else "auto",
+        strategy=strategy_of(case) if num_ranks > 1 else "auto",
         devices=num_ranks,
         max_epochs=case["epochs"],
         log_every_n_steps=1,
@@ -177,7 +189,17 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         "samples": [tuple(sample) for sample in vars(stage).get("samples", [])],
         "val": {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
         "logged": recorder.logged,
+        "copies": copies_of(stage),
     }
+
+
+def copies_of(stage: Any) -> dict[str, torch.Tensor]:
+    """This rank's part of the parameters that it holds as others do which compute layers with it."""
+    cut = {name: each for name, each in stage.named_parameters() if isinstance(each, DTensor)}
+    same = {
+        name: each for name, each in cut.items() if each.device_mesh.ndim == 2 and each.placements[1].is_replicate()
+    }
+    return {name: each.to_local().detach().clone() for name, each in same.items()}
 
 
 def main() -> None:
@@ -186,10 +208,32 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     LlamaRMSNorm.forward = exact_norm
     folder, num_ranks = Path(sys.argv[1]), int(sys.argv[2])
+    others = forked(num_ranks) if num_ranks > 1 else []
     for case in json.loads((folder / "cases.json").read_text()):
         record = fit(case, num_ranks, folder)
         rank = torch.distributed.get_rank() if num_ranks > 1 else 0
         torch.save(record, folder / f"{case['name']}.{rank}.pt")
+    sys.exit(any(os.waitpid(other, 0)[1] for other in others))
+
+
+def forked(num_ranks: int) -> list[int]:
+    """The other ranks, made of this process once everything is imported, which takes longer than most cases.
+
+    Returns:
+        Their process ids; nothing in the other ranks themselves.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0")
+    others = []
+    for rank in range(1, num_ranks):
+        other = os.fork()
+        if other == 0:
+            os.environ["LOCAL_RANK"] = str(rank)
+            return []
+        others.append(other)
+    return others
 
 
 if __name__ == "__main__":
