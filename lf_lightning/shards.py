@@ -115,7 +115,7 @@ def fill_from(parameter: Tensor, other: Tensor) -> None:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor without gradient; of one that is cut, every rank must ask, and all get the same bits."""
+    """All of a tensor without gradient; of one that is cut, every rank must ask."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     found = tensor.detach()
@@ -123,10 +123,6 @@ def whole_tensor(tensor: Tensor) -> Tensor:
         placements = [*[Replicate()] * (at + 1), *found.placements[at + 1 :]]
         found = found.redistribute(placements=placements)
     local: Tensor = found.to_local()
-    together = tensor_dim(found.device_mesh)
-    if together is not None and any(placement.is_partial() for placement in tensor.placements):
-        group = together.get_group()  # sums over other ranks may be added in another order
-        torch.distributed.broadcast(local, group_src=0, group=group)
     return local
 
 

@@ -16,7 +16,7 @@ from lf_lightning.models.adapters import decoder_blocks
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.parts import put_parts
 from lf_lightning.models.tensor_parallel import split
-from lf_lightning.shards import names_of, replace_parameters, sharing_dims, tensor_dim, whole_tensor
+from lf_lightning.shards import cut_dim, names_of, replace_parameters, sharing_dims, tensor_dim
 from lf_lightning.types import IGNORE, Document, InputError, TokenBatch
 
 
@@ -132,13 +132,28 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     if not trained:
         return torch.zeros(())
-    groups: dict[Any, list[Tensor]] = {}  # torch adds norms up rightly among tensors that are cut alike
+    groups: dict[Any, list[Tensor]] = {}  # of what is cut alike
     for parameter in trained:
         grad = parameter.grad
         assert grad is not None, "those without one are left out above"
         groups.setdefault(grad.placements if isinstance(grad, DTensor) else None, []).append(grad)
-    norms = [whole_tensor(get_total_norm(group)) for group in groups.values()]
+    norms = [_norm_of(group) for group in groups.values()]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
         clip_grads_with_norm_(trained, max_norm, norm)
     return norm
+
+
+def _norm_of(gradients: list[Tensor]) -> Tensor:
+    """Norm of gradients that are cut alike, or not at all; the same bits on every rank."""
+    first = gradients[0]
+    if not isinstance(first, DTensor):
+        return get_total_norm(gradients)
+    mesh, together = first.device_mesh, tensor_dim(first.device_mesh)
+    square = get_total_norm([each.to_local() for each in gradients if isinstance(each, DTensor)]).square()
+    for at in reversed(range(mesh.ndim)):
+        if cut_dim(first, at) is not None:
+            torch.distributed.all_reduce(square, group=mesh.get_group(at))
+    if together is not None:  # whose ranks have added up over other ranks each, perhaps in another order
+        torch.distributed.broadcast(square, group_src=0, group=together.get_group())
+    return square.sqrt()
