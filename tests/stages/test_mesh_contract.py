@@ -6,7 +6,7 @@ are clipped, so that a norm over the wrong ranks would show from the second step
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ CASES: dict[str, dict[str, Any]] = {  # of the norms the tests make Llama's exac
     "together DPO": {"strategy": TOGETHER, "stage": "DPO", "tied": True},
     "together KTO": {"strategy": TOGETHER, "stage": "KTO", "gradient_checkpointing": True},
 }
+QUICK = ("copies RM", "together SFT Qwen")
 
 
-def cases(folder: Path) -> Iterator[dict[str, Any]]:
+def cases(folder: Path, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     rows = rows_of(folder)
-    for index, (name, changes) in enumerate(CASES.items()):
+    for index, (name, changes) in enumerate((name, CASES[name]) for name in names):
         case = {
             "name": name.replace(" ", "-"),
             "stage": "SFT",
@@ -66,17 +67,27 @@ def cases(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    """Case -> what one process saw, and what each of four ranks did."""
-    folder = tmp_path_factory.mktemp("mesh")
-    listed = list(cases(folder))
-    alone, shared = (test_contract.launch(listed, number, folder) for number in (1, 4))
-    return {name: (one, four) for name, (one,), four in zip(CASES, alone, shared, strict=True)}
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pairs]:
+    """Runs the quick cases or the others, each once: case -> what one process saw, and what each of four ranks did."""
+    known: Pairs = {}
+
+    def run(name: str) -> Pairs:
+        if name not in known:
+            folder = tmp_path_factory.mktemp("mesh")
+            names = tuple(each for each in CASES if (each in QUICK) == (name in QUICK))
+            listed = list(cases(folder, names))
+            alone, shared = (test_contract.launch(listed, number, folder) for number in (1, 4))
+            known.update({each: (one, four) for each, (one,), four in zip(names, alone, shared, strict=True)})
+        return known
+
+    return run
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_four_ranks_on_a_mesh_train_and_measure_as_one_process_does(seen: Pairs, name: str) -> None:
-    alone, shared = seen[name]
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else (pytest.mark.slow,)) for name in CASES]
+)
+def test_four_ranks_on_a_mesh_train_and_measure_as_one_process_does(seen: Callable[[str], Pairs], name: str) -> None:
+    alone, shared = seen(name)[name]
     tolerance = CASES[name].get("tolerance", 1e-9)
     assert len(alone["gradients"]) >= 2
     assert max(values["train/grad_norm"] for values in alone["logged"]) > 0.3
@@ -92,8 +103,10 @@ def test_four_ranks_on_a_mesh_train_and_measure_as_one_process_does(seen: Pairs,
             assert furthest(got, want) <= tolerance * (1 + step), f"step {step}"
 
 
-def test_ranks_that_compute_layers_together_read_the_same_units_and_others_do_not(seen: Pairs) -> None:
-    for name, (_, shared) in seen.items():
+def test_ranks_that_compute_layers_together_read_the_same_units_and_others_do_not(
+    seen: Callable[[str], Pairs],
+) -> None:
+    for name, (alone, shared) in seen(QUICK[0]).items():
         units = [found["micro_batches"] for found in shared]
         if "tensor_parallel" in CASES[name]["strategy"]:
             assert units[0] == units[1]
@@ -103,4 +116,4 @@ def test_ranks_that_compute_layers_together_read_the_same_units_and_others_do_no
                 assert all(torch.equal(one["copies"][key], other["copies"][key]) for key in one["copies"]), "drifted"
             shared = shared[::2]
         counts = [sum(number for step in found["micro_batches"] for number, _, _ in step) for found in shared]
-        assert sum(counts) == sum(number for step in seen[name][0]["micro_batches"] for number, _, _ in step)
+        assert sum(counts) == sum(number for step in alone["micro_batches"] for number, _, _ in step)
