@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lf_lightning.models import Tuning
 from lf_lightning.stages import STAGES
-from lf_lightning.stages.doors import PRECISIONS, REFUSED_STRATEGIES, STRATEGIES, check_run
+from lf_lightning.stages.doors import PRECISIONS, REFUSED_STRATEGIES, STRATEGIES, TOGETHER, check_run
 from lf_lightning.types import InputError
 
 PAGE = Path(__file__).parent / "support-matrix.md"
@@ -22,6 +22,7 @@ Made by `python docs/make_support_matrix.py`, which asks the function that refus
 exit code 2 and the line that stands under the tables.
 
 The tuning decides nothing here: {tunings} are the same in every cell.
+`fsdp2` with `replicate` is as `fsdp2`; with `tensor_parallel` it runs {together} alone, without LoRA.
 [strategies.md](strategies.md) says which strategy to take.
 
 - **equal**: gradients, losses and metrics are those of one process, by the tests of `tests/stages`.
@@ -64,7 +65,7 @@ def page() -> str:
         tables.append("\n".join(table))
     refused = [f"{number}. `{line}`" for number, line in enumerate(lines, 1)]
     names = sorted(kind.__name__ for kind in Tuning.__subclasses__())
-    head = HEAD.format(tunings=", ".join(names[:-1]) + f" and {names[-1]}")
+    head = HEAD.format(tunings=", ".join(names[:-1]) + f" and {names[-1]}", together=", ".join(TOGETHER))
     return "\n\n".join([head.rstrip(), *tables, "## What is said", "\n".join(refused)]) + "\n"
 
 

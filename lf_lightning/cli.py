@@ -29,7 +29,7 @@ from lf_lightning.optim import OptimizerSpec
 from lf_lightning.refusal import check_top_keys, refusal
 from lf_lightning.stages import STAGES as STAGE_CLASSES
 from lf_lightning.stages import Stage
-from lf_lightning.stages.doors import check_run
+from lf_lightning.stages.doors import check_run, check_sharing
 from lf_lightning.types import InputError
 
 STAGES = {stage.__name__: stage.task for stage in STAGE_CLASSES}
@@ -101,6 +101,7 @@ class Gate(LightningCLI):
             ) from error
         if trainer.precision == "16-mixed" and built.precision != "16-mixed":
             raise InputError("trainer.precision: 16-mixed needs a GPU, got none. Use bf16-mixed.")
+        check_sharing(built.strategy, self.model, verb=self.parser.prog.rpartition(" ")[2])
         return built
 
     def finish(self) -> None:

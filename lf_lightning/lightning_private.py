@@ -85,10 +85,10 @@ def align_counts(trainer: Trainer) -> None:
         epochs.ready, epochs.started, epochs.processed, epochs.completed = epoch + 1, epoch + 1, epoch, epoch
 
 
-def share_over_all_ranks(strategy: ModelParallelStrategy) -> None:
-    """Let all ranks share the model as data-parallel ones; lightning 2.6 takes their number only before it is known."""
-    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
-    strategy._tensor_parallel_size = 1
+def share_over_all_ranks(strategy: ModelParallelStrategy, tensor_parallel: int = 1) -> None:
+    """Let all ranks share the model, so many of them each layer; lightning 2.6 takes numbers only before it has any."""
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes // tensor_parallel
+    strategy._tensor_parallel_size = tensor_parallel
 
 
 def parser_schema(parser: ArgumentParser) -> dict[str, Any]:

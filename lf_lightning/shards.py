@@ -1,20 +1,53 @@
-"""Tensors that are cut over ranks, row by row as FSDP2 cuts them: which rows are whose, and values put into them."""
+"""Tensors that are cut over ranks, as FSDP2 and tensor parallelism cut them: which part is whose, and values for it.
+
+A mesh of ranks has two dimensions. Its first is `data_parallel`, whose ranks share the rows of a tensor, and its second
+`tensor_parallel`, whose ranks share a layer; or its first is `replicas`, of which each holds all, and its second
+`shards`, whose ranks share the rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+Box = tuple[slice, ...]
+"""A part of a tensor: from where to where in each dimension."""
 
 
 class Rows(Protocol):
     """A tensor, or one that lies in a file and is read by slices."""
 
-    def __getitem__(self, rows: Any) -> Tensor:
-        """The rows of a slice."""
+    def __getitem__(self, part: Any) -> Tensor:
+        """The part of some slices."""
+
+
+def sharing_dims(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks of a mesh over which FSDP2 cuts, or replicates and cuts."""
+    return mesh if "replicas" in names_of(mesh) else mesh["data_parallel"]
+
+
+def reading_dim(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The ranks of a mesh that hold a model together, row by row; None where rows are not all that is cut."""
+    if "replicas" in names_of(mesh):
+        return mesh["shards"]
+    return mesh["data_parallel"] if tensor_dim(mesh) is None else None
+
+
+def tensor_dim(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The ranks of a mesh that share a layer; None where each computes whole ones."""
+    if "tensor_parallel" not in names_of(mesh) or mesh["tensor_parallel"].size() == 1:
+        return None
+    return mesh["tensor_parallel"]
+
+
+def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The names of the dimensions of a mesh."""
+    return mesh.mesh_dim_names or ()
 
 
 def rows_of(num_rows: int, rank: int, num_ranks: int) -> slice:
@@ -24,22 +57,50 @@ def rows_of(num_rows: int, rank: int, num_ranks: int) -> slice:
     return slice(start, min(start + part, num_rows))
 
 
-def own_rows(tensor: DTensor) -> slice:
-    """The rows of a cut tensor that this rank holds."""
+def box_of(shape: Sequence[int], cuts: Iterable[tuple[int, int, int]]) -> Box:
+    """The part of a tensor that is left after some cuts.
+
+    Args:
+        shape: Of the whole tensor.
+        cuts: Dimension of the tensor, rank and number of ranks of each, in their order.
+    """
+    box = [slice(0, size) for size in shape]
+    for dim, rank, num_ranks in cuts:
+        inner = rows_of(box[dim].stop - box[dim].start, rank, num_ranks)
+        box[dim] = slice(box[dim].start + inner.start, box[dim].start + inner.stop)
+    return tuple(box)
+
+
+def own_box(tensor: DTensor, shape: Sequence[int] | None = None) -> Box:
+    """The part of a cut tensor that this rank holds; or of another tensor of that shape, cut in the same way."""
     mesh = tensor.device_mesh
-    return rows_of(tensor.shape[0], mesh.get_local_rank(), mesh.size())
+    dims = reversed(range(mesh.ndim))  # tensor parallelism cuts before FSDP2 does
+    cuts = [(dim, mesh.get_local_rank(at), mesh.size(at)) for at in dims if (dim := cut_dim(tensor, at)) is not None]
+    return box_of(tensor.shape if shape is None else shape, cuts)
+
+
+def cut_dim(tensor: DTensor, mesh_dim: int) -> int | None:
+    """The dimension of a tensor that a dimension of its mesh cuts; None where that one holds copies."""
+    placement: Any = tensor.placements[mesh_dim]
+    return None if placement.is_replicate() else int(placement.dim) % tensor.ndim
 
 
 def cut(local: Tensor, mesh: DeviceMesh, like: Tensor) -> DTensor:
-    """A tensor of the shape of `like`, of which this rank holds `local`."""
+    """A tensor of the shape of `like`, of which each rank of one dimension holds `local`, some rows."""
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=like.shape, stride=like.stride())
+
+
+def cut_as(local: Tensor, like: DTensor, whole: Tensor | None = None) -> DTensor:
+    """A tensor that is cut as `like` is, of which this rank holds `local`; of the shape of `whole` where given."""
+    shape, stride = (like.shape, like.stride()) if whole is None else (whole.shape, whole.stride())
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
 @torch.no_grad()
 def fill(parameter: Tensor, whole: Rows) -> None:
-    """Put values into a tensor: all of them, or this rank's rows of one that is cut."""
+    """Put values into a tensor: all of them, or this rank's part of one that is cut."""
     if isinstance(parameter, DTensor):
-        parameter.to_local().copy_(whole[own_rows(parameter)])
+        parameter.to_local().copy_(whole[own_box(parameter)])
     else:
         parameter.copy_(whole[:] if parameter.ndim else whole[...])
 
@@ -55,7 +116,14 @@ def fill_from(parameter: Tensor, other: Tensor) -> None:
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor without gradient; of one that is cut, every rank must ask."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    found = tensor.detach()
+    for at in range(found.device_mesh.ndim):  # one dimension of the mesh after the other, in the order of `own_box`
+        placements = [*[Replicate()] * (at + 1), *found.placements[at + 1 :]]
+        found = found.redistribute(placements=placements)
+    local: Tensor = found.to_local()
+    return local
 
 
 def without_storage(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

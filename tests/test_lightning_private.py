@@ -76,7 +76,8 @@ def test_validation_is_due_exactly_where_it_comes(options: dict[str, Any], tmp_p
     assert bool(asks.came) == (options["val_size"] > 0 and "limit_val_batches" not in options)
 
 
-def test_all_ranks_of_all_nodes_share_the_model_as_data_parallel_ones(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("together", "sizes"), [(1, (6, 1)), (2, (3, 2))])
+def test_all_ranks_of_all_nodes_share_the_model(together: int, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
     asked = []
     monkeypatch.setattr(
         "lightning.pytorch.strategies.model_parallel._setup_device_mesh", lambda *sizes: asked.append(sizes)
@@ -88,9 +89,9 @@ def test_all_ranks_of_all_nodes_share_the_model_as_data_parallel_ones(monkeypatc
     strategy.cluster_environment = LightningEnvironment()
     strategy._lightning_module = LightningModule()
     strategy.accelerator = CPUAccelerator()
-    share_over_all_ranks(strategy)
+    share_over_all_ranks(strategy, together)
     strategy.setup_environment()
-    assert asked[0][:2] == (6, 1)
+    assert asked[0][:2] == sizes
 
 
 class Fruit:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lf_lightning.callbacks.folder import STATE, complete_checkpoints, remove_checkpoint, run_folder, step_of
-from lf_lightning.callbacks.run_log import cut_logs, read_log
+from lf_lightning.callbacks.run_log import cut_logs, read_log, write_last_values
 from lf_lightning.callbacks.saving import KeepsErrors, Saving, StateFile
 from lf_lightning.console import say
 from lf_lightning.lightning_private import align_counts, run_validation, validation_is_due
@@ -146,11 +146,13 @@ class RunCheckpoint(ModelCheckpoint):
         self._save_final(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the final folder where there was nothing left to train."""
+        """Write the final folder where there was nothing left to train; and validate the last step before."""
         if self._step_of_final != trainer.global_step:
-            self._save_final(trainer, pl_module)
             if self._is_validation_due:
-                say(f"step {trainer.global_step} may not be validated: lf-lightning validate --ckpt_path last does it")
+                self._repeat_validation(trainer)
+                if trainer.is_global_zero:
+                    write_last_values(trainer, pl_module)  # once more: all other callbacks are at their end already
+            self._save_final(trainer, pl_module)
 
     # ------------------------------------------------------------------ what
 

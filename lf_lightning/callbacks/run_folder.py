@@ -12,9 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.folder import complete_checkpoints, put_back, remove_checkpoint, run_folder, step_of
 from lf_lightning.callbacks.recipe import recipe_of
-from lf_lightning.callbacks.run_log import CSV, JSONL, RESULTS, SAMPLES, cut_logs
+from lf_lightning.callbacks.run_log import CSV, JSONL, QUARANTINE, RESULTS, SAMPLES, cut_logs, last_values
 from lf_lightning.callbacks.secrets import without_secrets
-from lf_lightning.callbacks.sentinels import QUARANTINE
 from lf_lightning.console import say
 from lf_lightning.types import InputError
 
@@ -99,11 +98,7 @@ def model_card(trainer: Trainer, stage: Any, config: str) -> str:
     spec = stage.backbone_spec
     data = trainer.datamodule  # type: ignore[attr-defined]
     names = [_shown(entry) for entry in data.names["train"]] if data is not None else []
-    metrics = {
-        name: float(value)
-        for name, value in sorted(trainer.callback_metrics.items())
-        if name.startswith(("train/", "val/"))
-    }
+    metrics = dict(sorted(last_values(trainer).items()))
     head = ["---", "library_name: " + ("peft" if stage.backbone.is_adapter else "transformers")]
     head += [f"base_model: {spec.path}"] if spec.path else []
     kind = "reward-model" if stage.task == "rm" else "text-generation"

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from lf_lightning.console import say
 from lf_lightning.types import TrainingStopped
 
 JSONL, CSV, RESULTS, SAMPLES = "trainer_log.jsonl", "metrics.csv", "all_results.json", "samples.jsonl"
+QUARANTINE = "quarantine.jsonl"
+NO_METRICS = ("current_steps", "total_steps", "epoch", "percentage", "throughput", "total_tokens")
+"""Numbers of a row of trainer_log.jsonl that are neither of training nor of validation."""
 
 
 def log_is_due(trainer: Trainer, *, ahead: int = 0) -> bool:
@@ -86,9 +90,7 @@ class RunLog(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last values of the run to all_results.json."""
         if trainer.is_global_zero:
-            results = {f"train_{name}": value for name, value in _values(trainer, "train/").items()}
-            results |= {f"eval_{name}": value for name, value in _values(trainer, "val/").items()}
-            write_results(trainer, {**results, "steps": trainer.global_step, "total_tokens": _total_tokens(pl_module)})
+            write_last_values(trainer, pl_module)
 
     def _progress(self, trainer: Trainer) -> dict[str, Any]:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
@@ -169,11 +171,8 @@ def cut_logs(folder: Path, step: int, *, is_validated: bool = True) -> None:
         return at < step or (at == step and (is_validated or not is_validation))
 
     for path in (folder / JSONL, folder / SAMPLES):
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold other line ends
-            rows = [row for line in lines if (row := _parsed(line)) is not None]
-            kept = [row for row in rows if stays(row.get("current_steps", 0), is_validation="loss" not in row)]
-            _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        _keep_rows(path, lambda row: stays(row.get("current_steps", 0), is_validation="loss" not in row))
+    _keep_rows(folder / QUARANTINE, lambda row: stays(row.get("step", 0), is_validation=False))
     path = folder / CSV
     if path.is_file():
         with path.open(newline="") as handle:
@@ -186,6 +185,14 @@ def cut_logs(folder: Path, step: int, *, is_validated: bool = True) -> None:
         kept = [row for row in whole if stays(int(row["step"]), is_validation=not row.get("train/loss"))]
         writer.writerows(kept)
         _replace(path, text.getvalue())
+
+
+def _keep_rows(path: Path, stays: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop rows of a file of one JSON object a line, and a line that is none; a file that is not there stays away."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold other line ends
+        rows = [row for line in lines if (row := _parsed(line)) is not None]
+        _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if stays(row)))
 
 
 def _replace(path: Path, text: str) -> None:
@@ -209,6 +216,32 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     path = folder / JSONL
     lines = path.read_text().splitlines() if path.is_file() else []
     return [row for line in lines if (row := _parsed(line)) is not None]
+
+
+def last_values(trainer: Trainer) -> dict[str, float]:
+    """The last values of training and validation, `train/...` and `val/...`; those of an earlier process from its log.
+
+    A resume that trains nothing has measured nothing itself.
+    """
+    found: dict[str, float] = {}
+    for row in read_log(run_folder(trainer)):
+        numbers = {name: row[name] for name in row.keys() - NO_METRICS if isinstance(row[name], int | float)}
+        if "loss" in row:
+            numbers["learning_rate"] = numbers.pop("lr", math.nan)
+            found |= {f"train/{name}": float(value) for name, value in numbers.items()}
+        else:
+            found |= {f"val/{name.removeprefix('eval_')}": float(value) for name, value in numbers.items()}
+    for prefix in ("train/", "val/"):
+        found |= {f"{prefix}{name}": value for name, value in _values(trainer, prefix).items()}
+    return found
+
+
+def write_last_values(trainer: Trainer, stage: Any) -> None:
+    """Write how a run ended to all_results.json."""
+    results: dict[str, Any] = {
+        name.replace("train/", "train_").replace("val/", "eval_"): value for name, value in last_values(trainer).items()
+    }
+    write_results(trainer, {**results, "steps": trainer.global_step, "total_tokens": _total_tokens(stage)})
 
 
 def write_results(trainer: Trainer, values: dict[str, Any]) -> None:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lf_lightning.callbacks.folder import run_folder
-from lf_lightning.callbacks.run_log import log_is_due
+from lf_lightning.callbacks.run_log import QUARANTINE, log_is_due
 from lf_lightning.console import say
 from lf_lightning.types import InputError, StepBatch
 
-QUARANTINE = "quarantine.jsonl"
 NAMES_IN_A_LINE = 5
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from lf_lightning.models import attention
+from lf_lightning.models.tensor_parallel import local_weight
 from lf_lightning.types import InputError, Kernel, Layout, OutputLayer, TokenBatch
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Backbone(nn.Module):
     def output_layer(self) -> OutputLayer:
         """How this family turns hidden states into logits; an adapter on the output layer is merged on the fly."""
         weight, bias = head_weights(self.causal_lm.get_output_embeddings())
+        weight, bias = local_weight(weight), None if bias is None else local_weight(bias)
         return OutputLayer(weight=weight, bias=bias, scale=self._logit_scale, softcap=self._softcap)
 
     def forward(self, batch: TokenBatch, *, kernel: Kernel) -> Any:

@@ -16,7 +16,7 @@ from lf_lightning.models.parts import read_parts
 from lf_lightning.models.sharding import cut_again
 from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import SCORE, load_value_head
-from lf_lightning.shards import cut, fill, fill_from, rows_of, whole_tensor
+from lf_lightning.shards import cut_as, fill, fill_from, own_box, reading_dim, whole_tensor
 from lf_lightning.types import InputError
 
 TRAINABLE = "trainable.safetensors"
@@ -149,9 +149,10 @@ def _converted(backbone: Backbone, folder: Path) -> dict[str, Tensor]:
     cut = next((each for each in backbone.parameters() if isinstance(each, DTensor)), None)
     answer: Any
     try:
-        if cut is not None:
+        mesh = reading_dim(cut.device_mesh) if cut is not None else None
+        if mesh is not None:
             config = AutoConfig.from_pretrained(folder)
-            answer = read_parts(str(folder), config, cut.device_mesh, dtype="auto")
+            answer = read_parts(str(folder), config, mesh, dtype="auto")
         else:
             answer = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", output_loading_info=True, use_safetensors=True
@@ -202,11 +203,8 @@ def _cut_for(backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor
     like = next((each for each in backbone.parameters() if each.requires_grad and isinstance(each, DTensor)), None)
     if like is None:
         return tensors
-    mesh = like.device_mesh
-    rank, size = mesh.get_local_rank(), mesh.size()
     return {
-        name: cut(whole[rows_of(whole.shape[0], rank, size)].contiguous(), mesh, whole)
-        for name, whole in tensors.items()
+        name: cut_as(whole[own_box(like, whole.shape)].contiguous(), like, whole) for name, whole in tensors.items()
     }
 
 

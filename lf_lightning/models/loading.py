@@ -74,7 +74,7 @@ def _build(
 ) -> PreTrainedModel:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    config = _config(spec, vocab_size)
+    config = read_config(spec, vocab_size)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not spec.trust_remote_code:
         raise InputError(f"{WHERE}: must be a causal language model, got {config.model_type}. Choose another model.")
     attention = None if spec.attention == "auto" else spec.attention
@@ -132,7 +132,12 @@ def _check_complete(path: str, report: Any) -> None:
         )
 
 
-def _config(spec: BackboneSpec, vocab_size: int) -> PretrainedConfig:
+def read_config(spec: BackboneSpec, vocab_size: int) -> PretrainedConfig:
+    """The configuration of a model, before its weights are read.
+
+    Raises:
+        InputError: It cannot be read.
+    """
     from transformers import AutoConfig
 
     if spec.architecture is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lf_lightning.shards import cut, replace_parameters, rows_of, without_storage
+from lf_lightning.shards import cut, cut_as, replace_parameters, rows_of, without_storage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -94,7 +94,5 @@ def put_parts(model: nn.Module, parts: dict[str, Tensor]) -> None:
             sharded: Any = parameter.detach()
             # a copy: on the CPU the rows are a window on the file
             local = parts.pop(name).to(sharded.device_mesh.device_type, parameter.dtype, copy=True)
-            new[parameter] = nn.Parameter(
-                cut(local, sharded.device_mesh, sharded), requires_grad=parameter.requires_grad
-            )
+            new[parameter] = nn.Parameter(cut_as(local, sharded), requires_grad=parameter.requires_grad)
     replace_parameters(model, new)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lf_lightning.models.adapters import Full, LoRA, Tuning
 from lf_lightning.models.loading import load_backbone
+from lf_lightning.shards import whole_tensor
 from lf_lightning.types import BackboneSpec, InputError, Kernel, TokenBatch
 
 if TYPE_CHECKING:
@@ -154,8 +155,8 @@ class Reference:
         acts = {name: value for name, value in config.items() if name not in IDLE and "drop" not in name}
         digest = hashlib.sha256(json.dumps(acts, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self._weights()):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            data = whole.detach().cpu().contiguous().reshape(-1)
+            whole = whole_tensor(tensor)
+            data = whole.cpu().contiguous().reshape(-1)
             digest.update(f"{name} {data.dtype} {tuple(whole.shape)}\n".encode())
             digest.update(data.view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +15,23 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from lf_lightning.models.adapters import decoder_blocks
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.parts import put_parts
-from lf_lightning.shards import replace_parameters
+from lf_lightning.models.tensor_parallel import split
+from lf_lightning.shards import cut_dim, names_of, replace_parameters, sharing_dims, tensor_dim
 from lf_lightning.types import IGNORE, Document, InputError, TokenBatch
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
-    """Shard every block, and the rest with the root, over the data-parallel dimension of a mesh.
+    """Shard every block, and the rest with the root, over the ranks of a mesh that do not share layers.
 
     Adapters and a value head form groups of their own, since a group holds one dtype. The kernel runs inside the
-    root's forward, where the output layer is whole. A model that was read in parts gets its rows.
+    root's forward, where the output layer is whole. A model that was read in parts gets its rows. Where a mesh has
+    replicas, gradients are added up over these too.
     """
     from torch.distributed.fsdp import fully_shard
 
-    data_parallel = mesh["data_parallel"]
+    ranks, together = sharing_dims(mesh), tensor_dim(mesh)
+    if together is not None:
+        split(backbone.causal_lm, together)
     parts = {name: backbone.parts[each] for name, each in backbone.named_parameters() if each in backbone.parts}
     meta = {
         each: nn.Parameter(
@@ -41,11 +46,11 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
             module for name, module in block.named_modules() if isinstance(module, nn.Linear) and "lora_" in name
         ]
         if adapters:
-            fully_shard(adapters, mesh=data_parallel)
-        fully_shard(block, mesh=data_parallel)
+            fully_shard(adapters, mesh=ranks)
+        fully_shard(block, mesh=ranks)
     if backbone.value_head is not None:
-        fully_shard(backbone.value_head, mesh=data_parallel)
-    fully_shard(backbone, mesh=data_parallel)
+        fully_shard(backbone.value_head, mesh=ranks)
+    fully_shard(backbone, mesh=ranks)
     put_parts(backbone, parts)
 
 
@@ -77,9 +82,19 @@ def whole(backbone: Backbone) -> Iterator[None]:
     """All weights of a sharded backbone whole on every rank for a while, so that its parts run without collectives.
 
     Every rank must enter and leave. Nothing happens where the backbone is not sharded.
+
+    Raises:
+        InputError: Ranks compute each layer together, so that no part of it runs without collectives.
     """
     from torch.distributed.fsdp import FSDPModule
 
+    if any(
+        isinstance(each, DTensor) and "tensor_parallel" in names_of(each.device_mesh) for each in backbone.parameters()
+    ):
+        raise InputError(
+            "trainer.strategy.init_args.tensor_parallel: must be 1 where answers are generated, got more. "
+            "Remove the callback that generates, or leave tensor_parallel out."
+        )
     groups = [module for module in backbone.modules() if isinstance(module, FSDPModule)]
     if not isinstance(backbone, FSDPModule):
         yield
@@ -117,9 +132,28 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     if not trained:
         return torch.zeros(())
-    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    groups: dict[Any, list[Tensor]] = {}  # of what is cut alike
+    for parameter in trained:
+        grad = parameter.grad
+        assert grad is not None, "those without one are left out above"
+        groups.setdefault(grad.placements if isinstance(grad, DTensor) else None, []).append(grad)
+    norms = [_norm_of(group) for group in groups.values()]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
         clip_grads_with_norm_(trained, max_norm, norm)
     return norm
+
+
+def _norm_of(gradients: list[Tensor]) -> Tensor:
+    """Norm of gradients that are cut alike, or not at all; the same bits on every rank."""
+    first = gradients[0]
+    if not isinstance(first, DTensor):
+        return get_total_norm(gradients)
+    mesh, together = first.device_mesh, tensor_dim(first.device_mesh)
+    square = get_total_norm([each.to_local() for each in gradients if isinstance(each, DTensor)]).square()
+    for at in reversed(range(mesh.ndim)):
+        if cut_dim(first, at) is not None:
+            torch.distributed.all_reduce(square, group=mesh.get_group(at))
+    if together is not None:  # whose ranks have added up over other ranks each, perhaps in another order
+        torch.distributed.broadcast(square, group_src=0, group=together.get_group())
+    return square.sqrt()

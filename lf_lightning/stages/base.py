@@ -243,7 +243,7 @@ class Stage(LightningModule, ABC):
         sums: dict[str, Tensor | float] = {}
         last = len(step.micro_batches) - 1
         for index, micro_batch in enumerate(step.micro_batches):
-            seed_random_layers(self.device, self.seed, self.trainer.global_step, self.global_rank, index)
+            seed_random_layers(self.device, self.seed, self.trainer.global_step, ranks.rank, index)
             with ranks.gradient_sync(now=index == last):
                 found = self.micro_batch_loss(micro_batch)
                 # the strategy averages over ranks: its size makes a sum of that mean

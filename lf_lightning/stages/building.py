@@ -9,6 +9,7 @@ from lf_lightning.models import Backbone, load_backbone
 from lf_lightning.models.export import load_weights
 from lf_lightning.models.probe import check_output_layer
 from lf_lightning.models.sharding import check_sharded, cut_again, shard
+from lf_lightning.shards import reading_dim
 from lf_lightning.stages.fsdp2 import FSDP2Strategy
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 def sharing_mesh(stage: Stage) -> DeviceMesh | None:
     """The ranks that share a stage's model; None where each has one of its own."""
-    return stage.device_mesh if isinstance(stage.trainer.strategy, FSDP2Strategy) else None
+    strategy = stage.trainer.strategy
+    return strategy.sharing_mesh if isinstance(strategy, FSDP2Strategy) else None
 
 
 def check_gradients_meet(stage: Stage) -> None:
@@ -41,9 +43,8 @@ def build_backbone(stage: Stage) -> Backbone:
     data = stage.data
     vocab_size = len(data.tokenizer) if data is not None else 0
     mesh = sharing_mesh(stage)
-    backbone = load_backbone(
-        stage.backbone_spec, stage.tuning, vocab_size=vocab_size, seed=stage.seed, mesh=mesh and mesh["data_parallel"]
-    )
+    reading = reading_dim(mesh) if mesh is not None else None
+    backbone = load_backbone(stage.backbone_spec, stage.tuning, vocab_size=vocab_size, seed=stage.seed, mesh=reading)
     if data is not None:
         backbone.causal_lm.generation_config.eos_token_id = data.stop_token_ids
         backbone.causal_lm.generation_config.pad_token_id = data.tokenizer.pad_token_id

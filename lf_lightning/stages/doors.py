@@ -13,6 +13,9 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
+from lf_lightning.models.adapters import Freeze, Full
+from lf_lightning.models.loading import read_config
+from lf_lightning.models.tensor_parallel import check_plan
 from lf_lightning.stages.fsdp2 import FSDP2Strategy
 from lf_lightning.types import InputError, Task
 
@@ -26,10 +29,12 @@ CLASSES: dict[str, type] = {
     "ddp": DDPStrategy,
     "auto": SingleDeviceStrategy,
 }
+TOGETHER = ("pt", "sft", "dpo", "kto")
+"""Tasks whose layers ranks may compute together: without rollouts and value heads."""
 REFUSED_STRATEGIES = {
     "deepspeed": "DeepSpeed is not supported: fsdp2 shards the same things.",
     "fsdp": "FSDP of the first generation is not supported: use fsdp2.",
-    "model_parallel": "Use fsdp2, which is this strategy over all ranks; tensor parallelism and HSDP are not known.",
+    "model_parallel": "Use fsdp2, which is this strategy over all ranks; its options give HSDP and tensor parallelism.",
 }
 """What to do instead, in the words of the error."""
 
@@ -79,6 +84,33 @@ def check_trainer(trainer: Trainer, task: Task) -> None:
         accelerator="cpu" if strategy.root_device.type == "cpu" else "gpu",
         task=task if is_fit else "sft",  # nothing but training is closed to a task
     )
+    check_sharing(strategy, trainer.lightning_module, verb=str(trainer.state.fn))
+
+
+def check_sharing(strategy: Any, stage: Any, *, verb: str) -> None:
+    """Refuse what ranks that compute each layer together cannot do, and groups that the ranks cannot form.
+
+    Args:
+        strategy: Of the trainer.
+        stage: The stage.
+        verb: What is run: fit, validate, test or predict.
+
+    Raises:
+        InputError: As said.
+    """
+    if not isinstance(strategy, FSDP2Strategy):
+        return
+    strategy.check_ranks()
+    where, size, tuning = "trainer.strategy.init_args.tensor_parallel", strategy.tensor_parallel, type(stage.tuning)
+    if size == 1:
+        return
+    if stage.task not in TOGETHER:
+        raise InputError(f"{where}: must be 1 for {stage.task}, got {size}. It is for {', '.join(TOGETHER)}.")
+    if tuning not in (Full, Freeze):
+        raise InputError(f"{where}: must be 1 with tuning {tuning.__name__}, got {size}. Use Full or Freeze.")
+    if verb == "predict":
+        raise InputError(f"{where}: must be 1 for predict, got {size}. Leave it out: fsdp2 alone answers prompts.")
+    check_plan(read_config(stage.backbone_spec, vocab_size=1), size)
 
 
 def check_run(*, strategy: str | type, precision: str | int | None, accelerator: str, task: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from lf_lightning.models import Backbone, Reference, ReferenceSpec, Tuning, load_reference
 from lf_lightning.models.reference import resolved_kind
 from lf_lightning.models.sharding import shard
+from lf_lightning.shards import reading_dim
 from lf_lightning.stages.building import sharing_mesh
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class HeldReference:
             stage.tuning,
             vocab_size=vocab_size,
             seed=stage.seed,
-            mesh=mesh and mesh["data_parallel"],
+            mesh=reading_dim(mesh) if mesh is not None else None,
         )
 
 

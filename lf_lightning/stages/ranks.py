@@ -33,6 +33,13 @@ class Ranks:
         return int(self._strategy.distributed_sampler_kwargs["num_replicas"])
 
     @property
+    def rank(self) -> int:
+        """Which of them this one is; ranks that compute a layer together have the same."""
+        if not isinstance(self._strategy, ParallelStrategy):
+            return 0
+        return int(self._strategy.distributed_sampler_kwargs["rank"])
+
+    @property
     def exact(self) -> torch.dtype:
         """The type in which sums and counts are added: float32 would lose counts above 2^24."""
         return torch.float32 if self._device.type == "mps" else torch.float64  # which has no float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,32 @@ def test_a_callback_that_counts_validations_has_seen_all_of_them(tmp_path: Path)
     assert trainer.global_step == 4
     assert again.wait_count == 1
     assert losses(run) == losses(run)[:4]
+
+
+@pytest.mark.parametrize("num_lines", [8, 9], ids=["in it", "after it"])
+def test_the_validation_of_the_very_last_step_is_made_up_for_and_reported(num_lines: int, tmp_path: Path):
+    options = {**OPTIONS, "max_steps": 6}
+    (tmp_path / "one").mkdir()
+    fit(tmp_path / "one", RunCheckpoint(every_n_steps=2), **options)
+    straight = tmp_path / "one" / "run"
+    run = tmp_path / "two" / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "final")
+    (run / "all_results.json").unlink()
+    lines = (run / "trainer_log.jsonl").read_text().splitlines(keepends=True)
+    (run / "trainer_log.jsonl").write_text("".join(lines[:num_lines]))
+    checkpoint = run / "checkpoints" / "step-00000006" / STATE
+    trainer = fit(tmp_path / "two", RunCheckpoint(every_n_steps=2), ckpt_path=checkpoint, **options)
+    assert trainer.global_step == 6
+    assert told(run) == told(straight)
+    results = [json.loads((each / "all_results.json").read_text()) for each in (run, straight)]
+    assert results[0] == results[1]
+    assert {"train_loss", "train_grad_norm", "train_learning_rate", "eval_loss", "steps"} <= results[0].keys()
+    tables = [table_of(each / "final" / "README.md") for each in (run, straight)]
+    assert tables[0] == tables[1]
+    assert any(line.startswith("| val/loss |") for line in tables[0])
+
+
+def table_of(card: Path) -> list[str]:
+    """The last values in a model card."""
+    return [line for line in card.read_text().splitlines() if line.startswith("|")]

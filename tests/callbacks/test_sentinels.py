@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from lf_lightning import RunCheckpoint
 from lf_lightning.callbacks import ChangedWeights, GradientReach, LaggingRank, Quarantine
 from lf_lightning.types import InputError, TrainingStopped
 from tests.callbacks.python_run import fit
@@ -60,6 +61,18 @@ def test_the_rows_of_a_step_that_is_not_finite_are_quarantined(what: str, policy
     assert line["found"].startswith(f"{what}: ")
     assert [(row["dataset"], row["row"]) for row in line["rows"]] == list(breaks.rows)
     assert len(breaks.rows) == 4
+
+
+def test_a_resume_takes_the_quarantine_back_to_its_step(tmp_path: Path):
+    fit(tmp_path, Breaks("gradient"), RunCheckpoint(every_n_steps=1), non_finite="skip")
+    before = quarantined(tmp_path)
+    with (tmp_path / "run" / "quarantine.jsonl").open("a") as handle:
+        handle.write('{"step": 3, "ra')  # torn by a kill
+    for step in (2, 1):  # after the step that was skipped, then before it: made anew, it is found anew
+        state = tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "trainer_state" / "state.ckpt"
+        fit(tmp_path, Breaks("gradient"), RunCheckpoint(every_n_steps=1), ckpt_path=state, non_finite="skip")
+        assert quarantined(tmp_path) == before
+    assert len(before) == 1
 
 
 def test_what_is_switched_off_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

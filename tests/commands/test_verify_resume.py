@@ -186,6 +186,14 @@ def test_as_a_user_would(name: str, here: Path, root: Path, model: Path):
     assert not list(here.glob("lf-verify-resume-*"))
 
 
+@pytest.mark.slow
+def test_ranks_that_share_a_model_resume_exactly(here: Path, capsys: pytest.CaptureFixture[str]):
+    settings = config(trainer__devices=2, trainer__strategy="fsdp2", data__val_size=3, **SLOW_STEPS)
+    (here / "scratch").mkdir()
+    assert verified(here / "scratch", settings, "--kills", "2", "--steps", "6") == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1].startswith("equal, bit for bit, after ")
+
+
 def test_a_fork_is_the_first_of_its_group(here: Path):
     child = fit_in_fork(here, here / "out.txt", ["--nonsense"])()
     assert isinstance(child, Fork)

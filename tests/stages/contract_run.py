@@ -29,6 +29,7 @@ from lf_lightning import (
     ScheduleSpec,
     ValueHeadSpec,
 )
+from lf_lightning.stages.fsdp2 import FSDP2Strategy
 from lf_lightning.types import FeedbackBatch, PreferenceBatch, PromptBatch, RolloutBatch, TokenBatch
 
 SEED = 3
@@ -48,8 +49,11 @@ ADAMW = {"lr": 1e-2, "eps": 1e-2}  # a large eps: rounding of a gradient near ze
 def backbone_spec(case: dict[str, Any]) -> BackboneSpec:
     """The model of a case."""
     if "base" in case:
-        return BackboneSpec(path=case["base"], tokenizer="bytes", dtype=case["dtype"], attention=case["attention"])
-    architecture = {**LLAMA, "tie_word_embeddings": case["tied"]}
+        more = {"gradient_checkpointing": case.get("gradient_checkpointing", False)}
+        return BackboneSpec(
+            path=case["base"], tokenizer="bytes", dtype=case["dtype"], attention=case["attention"], **more
+        )
+    architecture = {**LLAMA, "tie_word_embeddings": case["tied"], **case.get("architecture", {})}
     return BackboneSpec(architecture=architecture, tokenizer="bytes", dtype=case["dtype"], attention=case["attention"])
 
 
@@ -129,6 +133,12 @@ class Recorder(Callback):
         self.evaluated_units.append(micro_batch.num_units)
 
 
+def strategy_of(case: dict[str, Any]) -> str | FSDP2Strategy:
+    """The strategy of a case: by its name, or fsdp2 with options."""
+    asked = case.get("strategy", "ddp")
+    return FSDP2Strategy(**asked) if isinstance(asked, dict) else asked
+
+
 def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     """Train one case and tell what this rank saw."""
     seed_everything(SEED)
@@ -138,7 +148,7 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         LoRA(rank=2) if case.get("tuning") == "LoRA" else Full(),
         AdamW(**ADAMW),
         ScheduleSpec(kind="constant"),
-        max_grad_norm=None,
+        max_grad_norm=case.get("max_grad_norm"),
         **options_of(case),
     )
     stage.configure_callbacks = list  # no run folder: only the numbers of the step are looked at
@@ -146,7 +156,7 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     recorder = Recorder()
     trainer = Trainer(
         accelerator="cpu",
-        strategy=case.get("strategy", "ddp") if num_ranks > 1 else "auto",
+        strategy=strategy_of(case) if num_ranks > 1 else "auto",
         devices=num_ranks,
         max_epochs=case["epochs"],
         log_every_n_steps=1,
@@ -170,6 +180,7 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         "samples": [tuple(sample) for sample in vars(stage).get("samples", [])],
         "val": {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
         "logged": recorder.logged,
+        "copies": copies_of(stage),
     }
 
 
@@ -182,3 +193,12 @@ def fit_all(cases: list[dict[str, Any]], num_ranks: int, folder: Path) -> None:
         record = fit(case, num_ranks, folder)
         rank = torch.distributed.get_rank() if num_ranks > 1 else 0
         torch.save(record, folder / f"{case['name']}.{rank}.pt")
+
+
+def copies_of(stage: Any) -> dict[str, torch.Tensor]:
+    """This rank's part of the parameters that it holds as others do which compute layers with it."""
+    cut = {name: each for name, each in stage.named_parameters() if isinstance(each, DTensor)}
+    same = {
+        name: each for name, each in cut.items() if each.device_mesh.ndim == 2 and each.placements[1].is_replicate()
+    }
+    return {name: each.to_local().detach().clone() for name, each in same.items()}

@@ -11,12 +11,25 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lf_lightning import SFT, AdamW, BackboneSpec, DataModule, Freeze, Full, InputError, RunCheckpoint, ScheduleSpec
+from lf_lightning import (
+    RM,
+    SFT,
+    AdamW,
+    BackboneSpec,
+    DataModule,
+    Freeze,
+    Full,
+    InputError,
+    LoRA,
+    RunCheckpoint,
+    ScheduleSpec,
+)
 from lf_lightning.callbacks import last_checkpoint
 from lf_lightning.data.sources import resolve_sources
 from lf_lightning.models import load_backbone
 from lf_lightning.models.export import save_weights
-from lf_lightning.stages.doors import check_run
+from lf_lightning.stages.doors import check_run, check_sharing
+from lf_lightning.stages.fsdp2 import FSDP2Strategy
 from lf_lightning.stages.means import SetMeans
 from lf_lightning.stages.non_finite import NonFinite
 from lf_lightning.types import LossSums, TrainingStopped
@@ -36,7 +49,7 @@ def ask(**changes: Any) -> None:
     [
         (FSDPStrategy, "FSDPStrategy", "use fsdp2"),
         (DeepSpeedStrategy, "DeepSpeedStrategy", "DeepSpeed is not supported"),
-        (ModelParallelStrategy, "ModelParallelStrategy", "tensor parallelism and HSDP are not known"),
+        (ModelParallelStrategy, "ModelParallelStrategy", "its options give HSDP and tensor parallelism"),
         ("deepspeed_stage_3", "deepspeed_stage_3", "DeepSpeed is not supported"),
         ("fsdp", "fsdp", "use fsdp2"),
         ("xla", "xla", "Choose one of these"),
@@ -45,6 +58,71 @@ def ask(**changes: Any) -> None:
 def test_a_strategy_that_the_step_contract_does_not_know_is_refused(strategy: Any, shown: str, instead: str) -> None:
     with pytest.raises(InputError, match=rf"trainer\.strategy: must be auto, ddp or fsdp2, got {shown}\. .*{instead}"):
         ask(strategy=strategy)
+
+
+GPT2 = BackboneSpec(architecture={"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}, tokenizer="bytes")
+PHI = BackboneSpec(architecture={**LLAMA, "model_type": "phi3"}, tokenizer="bytes")
+ODD = BackboneSpec(architecture={**LLAMA, "num_key_value_heads": 1}, tokenizer="bytes")
+TOGETHER = r"trainer\.strategy\.init_args\.tensor_parallel: "
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "verb", "said"),
+    [
+        (
+            {"replicate": 3},
+            SFT(SCRATCH, Full()),
+            "fit",
+            r"init_args\.replicate: must divide the number of ranks, 4, got 3",
+        ),
+        ({"tensor_parallel": 3}, SFT(SCRATCH, Full()), "fit", TOGETHER + "must divide the number of ranks, 4, got 3"),
+        ({"tensor_parallel": 2}, SFT(SCRATCH, LoRA()), "fit", TOGETHER + "must be 1 with tuning LoRA, got 2"),
+        ({"tensor_parallel": 2}, RM(SCRATCH, Full()), "fit", TOGETHER + "must be 1 for rm, got 2"),
+        ({"tensor_parallel": 2}, SFT(SCRATCH, Full()), "predict", TOGETHER + "must be 1 for predict, got 2"),
+        ({"tensor_parallel": 2}, SFT(GPT2, Full()), "fit", TOGETHER + "needs a family with a plan .* got gpt2"),
+        (
+            {"tensor_parallel": 2},
+            SFT(PHI, Full()),
+            "fit",
+            TOGETHER + "cuts linear layers .* asks for colwise_gather_output",
+        ),
+        ({"tensor_parallel": 2}, SFT(ODD, Full()), "fit", TOGETHER + "must divide .* num_key_value_heads, 1, got 2"),
+        (
+            {"tensor_parallel": 4},
+            SFT(SCRATCH, Full()),
+            "fit",
+            TOGETHER + "must divide .* num_attention_heads, 2, got 4",
+        ),
+    ],
+)
+def test_groups_of_ranks_that_cannot_be_are_refused(options: Any, stage: Any, verb: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check_sharing(on_four_ranks(**options), stage, verb=verb)
+
+
+def on_four_ranks(**options: Any) -> FSDP2Strategy:
+    strategy = FSDP2Strategy(**options)
+    strategy.parallel_devices = [torch.device("cpu")] * 4
+    return strategy
+
+
+def test_groups_of_ranks_that_can_be_are_let_through() -> None:
+    check_sharing(on_four_ranks(replicate=2), RM(SCRATCH, LoRA()), verb="predict")
+    check_sharing(on_four_ranks(tensor_parallel=2), SFT(SCRATCH, Freeze(num_layers=1)), verb="validate")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"replicate": 0}, r"init_args\.replicate: must be at least 1, got 0"),
+        ({"tensor_parallel": -1}, r"init_args\.tensor_parallel: must be at least 1, got -1"),
+        ({"replicate": 2, "tensor_parallel": 2}, "replicate and tensor_parallel exclude each other, got 2 and 2"),
+        ({"timeout_seconds": 0}, r"init_args\.timeout_seconds: must be positive, got 0"),
+    ],
+)
+def test_options_of_fsdp2_out_of_range_are_refused(options: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        FSDP2Strategy(**options)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2"])
