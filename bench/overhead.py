@@ -25,6 +25,7 @@ from lf_lightning import SFT, AdamW, BackboneSpec, DataModule, Full, ScheduleSpe
 from lf_lightning.console import quiet_libraries
 from lf_lightning.losses.log_probs import cross_entropy_sums
 from lf_lightning.models import Backbone, load_backbone
+from lf_lightning.optim import describe
 from lf_lightning.types import IGNORE, StepBatch
 
 RESULTS = Path(__file__).parent / "results" / "overhead.md"
@@ -70,7 +71,7 @@ class BareBeside(Callback):
 
     def __init__(self, model: Backbone, data: DataModule, arguments: argparse.Namespace, *, deadline: float) -> None:
         self.model, self.data, self.arguments, self.deadline = model, data, arguments, deadline
-        self.optimizer = AdamW().build(model.named_parameters())
+        self.optimizer = AdamW().build(describe(model))
         self.schedule = ScheduleSpec("constant").build(self.optimizer, arguments.steps)
         self.blocks: list[tuple[Block, Block]] = []  # on the clock, in CPU time
         self.sums = np.zeros((2, 3))

@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lf_lightning import DPO, KTO, RM, AdamW, BackboneSpec, DataModule, Full, LoRA, ReferenceSpec, ScheduleSpec
 from lf_lightning.console import quiet_libraries
 from lf_lightning.models import ValueHeadSpec, add_value_head, load_backbone
+from lf_lightning.optim import describe
 
 RESULTS = Path(__file__).parent / "results" / "preference.md"
 STAGES: dict[str, Any] = {"dpo": DPO, "kto": KTO, "rm": RM}
@@ -162,7 +163,7 @@ class Naive:
             add_value_head(self.policy, ValueHeadSpec(), tuning=LoRA(), path=spec.path, seed=0)
         else:
             self.reference = load_backbone(spec, Full(), vocab_size=1, seed=0, trains=False).causal_lm
-        self.optimizer = AdamW().build(self.policy.named_parameters())
+        self.optimizer = AdamW().build(describe(self.policy))
 
     def step(self, rows: Sequence[tuple[Row, ...]], size: int) -> tuple[float, float]:
         """One optimizer step in micro-batches of so many padded rows: loss and norm of the gradient."""

@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lf_lightning import SFT, AdamW, BackboneSpec, DataModule, Full, ScheduleSpec
 from lf_lightning.console import quiet_libraries
 from lf_lightning.models import Backbone, load_backbone
+from lf_lightning.optim import describe
 from lf_lightning.types import IGNORE
 
 MIB = 2**20
@@ -79,7 +80,7 @@ class PlainBeside(Callback):
 
     def __init__(self, model: Backbone, rows: Sequence[Row], arguments: argparse.Namespace, *, seconds: float) -> None:
         self.model, self.rows, self.arguments = model, rows, arguments
-        self.optimizer = AdamW().build(model.named_parameters())
+        self.optimizer = AdamW().build(describe(model))
         self.deadline = time.perf_counter() + seconds
         self.pairs: list[Pair] = []
         self.start = now()
@@ -249,7 +250,7 @@ def measure_memory(arguments: argparse.Namespace, words: int, number: int, way: 
             return peak.extra_mib
         rows = rows_of(data)
     backbone = load_backbone(spec, Full(), vocab_size=1, seed=0)
-    optimizer = AdamW().build(backbone.named_parameters())
+    optimizer = AdamW().build(describe(backbone))
     plain_step(backbone.causal_lm, optimizer, rows[: arguments.rows], arguments.plain_rows)
     before = held_mib(backbone)
     plain_step(backbone.causal_lm, optimizer, rows[arguments.rows :], arguments.plain_rows)

@@ -23,6 +23,7 @@ COMMANDS = {
         "lf_lightning.commands.verify_resume:main",
         "prove on a configuration that a killed run continues bit for bit",
     ),
+    "schedule": ("lf_lightning.commands.schedule:main", "print and draw the learning rate over the steps of a run"),
     "score": ("lf_lightning.commands.score:main", "exact-match score of a predictions file"),
     "schema": ("lf_lightning.commands.schema:main", "JSON schema of the configuration, for editors"),
 }

@@ -30,6 +30,7 @@ from lf_lightning.refusal import check_top_keys, refusal
 from lf_lightning.stages import STAGES as STAGE_CLASSES
 from lf_lightning.stages import Stage
 from lf_lightning.stages.doors import check_run, check_sharing
+from lf_lightning.stages.optimizer_doors import check_fused, check_in_run
 from lf_lightning.types import InputError
 
 STAGES = {stage.__name__: stage.task for stage in STAGE_CLASSES}
@@ -105,7 +106,8 @@ class Gate(LightningCLI):
         return built
 
     def finish(self) -> None:
-        """Give the trainer the run folder, with the text of its config.yaml."""
+        """Refuse what the optimizer cannot work with, and give the trainer the run folder with its config.yaml."""
+        check_in_run(self.model.optimizer_spec, self.trainer, self.datamodule)
         recipe = self.config.clone()
         recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
         text = self.parser.dump(recipe, skip_unset=False)
@@ -277,12 +279,8 @@ def check_config(config: Namespace) -> None:
         )
     if not isinstance(config.seed_everything, bool) and not 0 <= config.seed_everything < 2**32:
         raise InputError(f"seed_everything: must be in [0, 2^32), got {config.seed_everything}. Try 42.")
-    fused = config.model.init_args.optimizer.get("init_args", {}).get("fused")
-    if trainer.precision == "16-mixed" and fused:
-        raise InputError(
-            "model.init_args.optimizer.init_args.fused: must be false with trainer.precision: 16-mixed, got true. "
-            "Change one of them."
-        )
+    optimizer = config.model.init_args.optimizer.get("init_args", {})
+    check_fused(trainer.precision, fused=bool(optimizer.get("fused")))
     if config.data.streaming:
         reference = config.model.init_args.get("reference")
         check_stream_run(

@@ -260,9 +260,10 @@ def _value(message: str) -> str:
 
 
 def _hint(word: str, names: Iterable[str]) -> str:
-    """The nearest right name, or all of them where few."""
+    """The nearest right name, one that begins with the word before others; or all of them where few."""
     known = sorted(set(names))
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.65)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.65)
+    near.sort(key=lambda name: not name.startswith(word))
     if near:
         return f"Did you mean {near[0]}?"
     return f"Choose among {', '.join(known)}." if len(known) <= 12 else "docs/options.md lists them all."

@@ -67,7 +67,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
         (
             "xyz",
             "command: there is no 'xyz'. "
-            "Choose one of fit, prepare, validate, test, predict, verify-resume, score, schema.",
+            "Choose one of fit, prepare, validate, test, predict, verify-resume, schedule, score, schema.",
         ),
         ("--config", "command: expected before the options, got '--config'."),
     ],

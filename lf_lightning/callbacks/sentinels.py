@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.callbacks.run_log import QUARANTINE, log_is_due
 from lf_lightning.console import say
+from lf_lightning.optim import PartialOptimizer
 from lf_lightning.types import InputError, StepBatch
 
 NAMES_IN_A_LINE = 5
@@ -82,9 +83,10 @@ class GradientReach(Callback):
         self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with all of them; not under DeepSpeed, which keeps gradients to itself."""
+        """Begin with all of them; not under DeepSpeed, which keeps gradients to itself, nor where parts take turns."""
         trained = {name: each for name, each in pl_module.named_parameters() if each.requires_grad}
-        looks = self.num_steps is not None and not isinstance(trainer.strategy, DeepSpeedStrategy)
+        takes_turns = any(isinstance(each, PartialOptimizer) for each in trainer.optimizers)
+        looks = self.num_steps is not None and not isinstance(trainer.strategy, DeepSpeedStrategy) and not takes_turns
         self._waiting = trained if looks else {}
         self._witness, self._seen = None, 0
 

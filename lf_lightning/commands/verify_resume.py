@@ -84,7 +84,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Hand the message to the gate."""
-        raise InputError(f"verify-resume: {message}. `lf-lightning verify-resume --help` shows the arguments.")
+        command = self.prog.rpartition(" ")[2]
+        raise InputError(f"{command}: {message}. `lf-lightning {command} --help` shows the arguments.")
 
 
 def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -33,17 +33,19 @@ def load_backbone(
     device: torch.device | None = None,
     mesh: DeviceMesh | None = None,
     trains: bool = True,
+    keeps_bfloat16: bool = False,
 ) -> Backbone:
     """Load or build the model, apply the tuning, and leave it in train mode.
 
     Args:
         spec: Which model.
-        tuning: Which parameters train; those are float32 at least.
+        tuning: Which parameters train; those are float32 at least, unless `keeps_bfloat16`.
         vocab_size: Words of the tokenizer: size of a scratch model's embedding, and a lower bound for any other's.
         seed: Seed of new weights (scratch models, adapters).
         device: Where to build; `meta` builds shapes without weights.
         mesh: Ranks that will share the model, one dimension: each reads its rows of the files, which `shard` puts in.
         trains: Otherwise everything is frozen, and stays in the type of the spec.
+        keeps_bfloat16: Whether what trains keeps the type of the spec too: the optimizer knows how to step it.
 
     Raises:
         InputError: The folder cannot be read, or model and tokenizer or tuning do not fit.
@@ -58,7 +60,8 @@ def load_backbone(
         tuned = tuning.apply(model)
     if not trains:
         tuned.requires_grad_(False)
-    upcast_trainable(tuned)
+    if not keeps_bfloat16:
+        upcast_trainable(tuned)
     backbone = Backbone(tuned)
     backbone.parts = parts
     if spec.path is None and backbone.is_adapter:

@@ -17,7 +17,6 @@ from lf_lightning.callbacks import default_callbacks
 from lf_lightning.lightning_private import global_seed
 from lf_lightning.models import Backbone, GenerationSpec, LoRA, Tuning
 from lf_lightning.models.export import load_weights, save_weights
-from lf_lightning.models.sharding import clip_gradients
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate, trained_parameters
 from lf_lightning.stages.answers import answers_of
 from lf_lightning.stages.building import build_backbone, check_gradients_meet
@@ -25,6 +24,8 @@ from lf_lightning.stages.doors import check_trainer, open_data
 from lf_lightning.stages.layout import settle_layout
 from lf_lightning.stages.means import SetMeans
 from lf_lightning.stages.non_finite import NonFinite, is_scaled
+from lf_lightning.stages.optimization import active_part, clipped_norm, optimizer_and_schedule
+from lf_lightning.stages.optimizer_doors import check_in_run, check_specs
 from lf_lightning.stages.ranks import Ranks, seed_random_layers
 from lf_lightning.stages.resume import restore, save_unnamed_weights, state_of, use_any_optimizer_state
 from lf_lightning.stages.speed import TokenCount
@@ -32,7 +33,6 @@ from lf_lightning.stages.step_log import log_step
 from lf_lightning.types import (
     Answer,
     BackboneSpec,
-    InputError,
     Isolation,
     LossSums,
     PromptBatch,
@@ -75,14 +75,11 @@ class Stage(LightningModule, ABC):
         generation: GenerationSpec = GenerationSpec(),
     ) -> None:
         super().__init__()
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise InputError(
-                f"model.init_args.max_grad_norm: must be positive or null, got {max_grad_norm}. Use null for no limit."
-            )
         self.automatic_optimization = False
         self.backbone_spec, self.tuning = backbone, tuning
         self.optimizer_spec, self.schedule_spec = optimizer, schedule
         self.max_grad_norm, self.non_finite, self.generation = max_grad_norm, non_finite, generation
+        check_specs(self)
         self.seed = global_seed()
         self.weights_folder: Path | None = None
         """Folder with trained weights to start from; set it before `validate`, `test` or `predict`."""
@@ -173,6 +170,8 @@ class Stage(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuse what would train wrong numbers, and tell the data how many prompts go together."""
         check_trainer(self.trainer, self.task)
+        if self.trainer.state.fn == "fit":
+            check_in_run(self.optimizer_spec, self.trainer, self.data)
         if self.data is not None:
             self.data.predict_batch_size = self.generation.batch_size
 
@@ -185,10 +184,9 @@ class Stage(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer of the trainable parameters, and its schedule in optimizer steps."""
-        optimizer = self.optimizer_spec.build(self.named_parameters())
-        schedule = self.schedule_spec.build(optimizer, self.trainer.estimated_stepping_batches)
-        self._configured = group_options(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        made = optimizer_and_schedule(self)
+        self._configured = group_options(made["optimizer"])
+        return made
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Read the data, Lightning's last call before the process group starts; bring our callbacks where absent."""
@@ -222,7 +220,8 @@ class Stage(LightningModule, ABC):
         optimizer = self._optimizer
         means, num_tokens = self._with_loss(dict.fromkeys((*self.coefficients, *self.metrics), 0.0)), 0
         if not self.is_idle:
-            means, num_tokens = self._backward(step)
+            with active_part(optimizer.optimizer):
+                means, num_tokens = self._backward(step)
             parameters = trained_parameters(optimizer.optimizer)
             self.guard.check_loss(self.trainer.global_step + 1, means, parameters, scaled=is_scaled(self.trainer))
             if not self.keeps_step(means):
@@ -260,7 +259,7 @@ class Stage(LightningModule, ABC):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the global norm of the gradient, after 16-mixed has unscaled it."""
         parameters = trained_parameters(optimizer)
-        self.grad_norm = float(clip_gradients(parameters, self.max_grad_norm))
+        self.grad_norm = clipped_norm(optimizer, self.max_grad_norm)
         step = self.trainer.global_step + 1
         self.guard.check_gradient(
             step, self.grad_norm, parameters, scaled=is_scaled(self.trainer), seen=not math.isfinite(self._loss)

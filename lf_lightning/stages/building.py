@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lf_lightning.console import say
-from lf_lightning.models import Backbone, load_backbone
+from lf_lightning.models import Backbone, Full, load_backbone
 from lf_lightning.models.export import load_weights
 from lf_lightning.models.probe import check_output_layer
 from lf_lightning.models.sharding import check_sharded, cut_again, shard
@@ -44,7 +44,14 @@ def build_backbone(stage: Stage) -> Backbone:
     vocab_size = len(data.tokenizer) if data is not None else 0
     mesh = sharing_mesh(stage)
     reading = reading_dim(mesh) if mesh is not None else None
-    backbone = load_backbone(stage.backbone_spec, stage.tuning, vocab_size=vocab_size, seed=stage.seed, mesh=reading)
+    backbone = load_backbone(
+        stage.backbone_spec,
+        stage.tuning,
+        vocab_size=vocab_size,
+        seed=stage.seed,
+        mesh=reading,
+        keeps_bfloat16=stage.optimizer_spec.keeps_bfloat16 and isinstance(stage.tuning, Full),
+    )
     if data is not None:
         backbone.causal_lm.generation_config.eos_token_id = data.stop_token_ids
         backbone.causal_lm.generation_config.pad_token_id = data.tokenizer.pad_token_id

@@ -41,6 +41,11 @@ LLAMA3 = {
 }
 REAL: dict[str, tuple[dict[str, Any], int, int]] = {  # config, parameters of the model, parameters that train
     "sft/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
+    "sft/qwen3-0.6b_loraplus": (QWEN3, 596_049_920, 10_092_544),
+    "sft/qwen3-0.6b_galore": (QWEN3, 596_049_920, 596_049_920),
+    "sft/qwen3-0.6b_badam": (QWEN3, 596_049_920, 596_049_920),
+    "sft/qwen3-0.6b_muon": (QWEN3, 596_049_920, 596_049_920),
+    "sft/qwen3-0.6b_full_bf16": (QWEN3, 596_049_920, 596_049_920),
     "pt/qwen3-0.6b_full": (QWEN3, 596_049_920, 596_049_920),
     "pt/qwen3-0.6b_streaming": (QWEN3, 596_049_920, 596_049_920),
     "rm/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
