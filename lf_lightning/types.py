@@ -219,29 +219,6 @@ class Response(NamedTuple):
     scores: tuple[float, ...] = ()  # what each reward gives it, in their order; before weights
 
 
-class Sample(NamedTuple):
-    """A response to a validation prompt, with what was made of it."""
-
-    row: int  # position in its set
-    prompt: str
-    response: str
-    reference: str  # the answer that the data gives, "" where it gives none
-    reward: float
-    kl: float | None  # summed log policy - log reference, in nats; None where there is no reference
-    length: int  # tokens
-    is_stopped: bool
-
-
-class RollsOut(Protocol):
-    """What the loader of rollouts asks of the stage."""
-
-    def rollout(self, number: int, prompts: Sequence[PromptBatch]) -> Sequence[Response]:
-        """Answer and score this rank's prompts; gives the responses of all ranks, in the order of their rows."""
-
-    def make_experience(self, steps: Sequence[StepBatch]) -> None:
-        """Compute what the updates need of every token, on this rank's optimizer steps of the first epoch."""
-
-
 class OutputLayer(NamedTuple):
     """How hidden states become logits: cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap tanh(x / softcap)."""
 
@@ -278,6 +255,12 @@ class BackboneSpec:
         tokenizer: Folder or hub name of the tokenizer, or `bytes` for one token per byte of UTF-8. Empty: `path`.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run model code that comes with the folder. Off unless you trust its author.
+        merge_adapters: Folders of adapters that are merged into the model, in this order, before anything else.
+        new_tokens: Words to add to the tokenizer and to the model, which trains embedding and output layer for them: a
+            list, or a mapping from each to a text that describes it and whose words it then starts as.
+        new_special_tokens: The same for control tokens, which decoding can leave out.
+        new_token_noise: Standard deviation of the noise on the rows of new tokens, >= 0; empty means 1 / sqrt(hidden
+            size), and none for tokens with a description.
     """
 
     path: str | None = None
@@ -288,6 +271,15 @@ class BackboneSpec:
     tokenizer: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    merge_adapters: Sequence[str] = ()
+    new_tokens: Sequence[str] | dict[str, str] = ()
+    new_special_tokens: Sequence[str] | dict[str, str] = ()
+    new_token_noise: float | None = None
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """New tokens, then new special tokens."""
+        return [*self.new_tokens, *self.new_special_tokens]
 
     def __post_init__(self) -> None:
         """Refuse a spec that names no model or two.
@@ -304,6 +296,16 @@ class BackboneSpec:
             raise InputError(
                 "model.init_args.backbone.tokenizer: a model built from architecture needs a tokenizer, got none. "
                 "Set it to a folder, or to bytes."
+            )
+        names = self.added_tokens
+        if len({*names}) < len(names) or not all(names):
+            raise InputError(
+                f"model.init_args.backbone.new_tokens: must be words, each once, got {names}. Correct them."
+            )
+        if self.new_token_noise is not None and (self.new_token_noise < 0 or not names):
+            raise InputError(
+                "model.init_args.backbone.new_token_noise: must be 0 or more and beside new_tokens, got "
+                f"{self.new_token_noise} with {len(names)} new tokens. Correct it, or remove it."
             )
 
 

@@ -33,6 +33,8 @@ class Backbone(nn.Module):
         self.model = model
         self.parts: Parts = {}
         """This rank's rows of parameters that have no storage yet; `shard` puts them in."""
+        self.start: dict[str, Tensor] = {}
+        """What an adapter began with that took it out of the weights, by names in its file; on the CPU, whole."""
         self.value_head: ValueHead | None = None
         """What turns hidden states into scores; only the backbone of a reward model has one."""
         self._padded_kernel: str = self.causal_lm.config._attn_implementation or "eager"

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.parts import read_parts
+from lf_lightning.models.pissa import trained_part
 from lf_lightning.models.sharding import cut_again
 from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import SCORE, load_value_head
@@ -177,12 +178,15 @@ def _load_adapter(backbone: Backbone, folder: Path) -> None:
         tensors = load_file(path)
         if backbone.value_head is not None:
             tensors.pop(SCORE[1], None)
+        if backbone.start:
+            tensors = trained_part(backbone, path, tensors)
         tensors = _cut_for(backbone, tensors)
         result: Any = set_peft_model_state_dict(backbone.model, tensors)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise InputError(f"{path}: does not fit this model's adapter: {reason} Use the run's own tuning.") from error
-    missing = [key for key in result.missing_keys if "lora_" in key and TRAINED in key.split(".")]
+    trained = {name for name, parameter in backbone.model.named_parameters() if parameter.requires_grad}
+    missing = sorted(trained & set(result.missing_keys))
     if missing or result.unexpected_keys:
         culprit = (missing or result.unexpected_keys)[0]
         raise InputError(f"{path}: does not fit this model's adapter, first at {culprit}. Use the run's own tuning.")

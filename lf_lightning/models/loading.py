@@ -12,9 +12,12 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lf_lightning.models.adapters import Tuning, copies_modules, upcast_trainable
+from lf_lightning.models.adapters import Adapter, Tuning, merge_adapters, upcast_trainable
 from lf_lightning.models.backbone import Backbone, embedding_rows
+from lf_lightning.models.casts import cast_around_copies
+from lf_lightning.models.new_tokens import NewRows, add_rows, vocabulary_modules
 from lf_lightning.models.parts import read_parts, take_parts
+from lf_lightning.models.pissa import start_of
 from lf_lightning.models.tensor_files import refuse_pickles
 from lf_lightning.types import BackboneSpec, InputError, torch_dtype
 
@@ -33,6 +36,7 @@ def load_backbone(
     device: torch.device | None = None,
     mesh: DeviceMesh | None = None,
     trains: bool = True,
+    new_rows: NewRows | None = None,
 ) -> Backbone:
     """Load or build the model, apply the tuning, and leave it in train mode.
 
@@ -44,23 +48,33 @@ def load_backbone(
         device: Where to build; `meta` builds shapes without weights.
         mesh: Ranks that will share the model, one dimension: each reads its rows of the files, which `shard` puts in.
         trains: Otherwise everything is frozen, and stays in the type of the spec.
+        new_rows: Words of the tokenizer that are new to the model.
 
     Raises:
         InputError: The folder cannot be read, or model and tokenizer or tuning do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(spec, vocab_size, device, None if copies_modules(tuning) else mesh)
+        needs_whole = tuning.needs_whole_weights or bool(new_rows or spec.merge_adapters)
+        model = _build(spec, vocab_size, device, None if needs_whole else mesh)
+        if new_rows:
+            add_rows(model, vocab_size, new_rows, noise=spec.new_token_noise)
         _check_vocabulary(model, vocab_size)
+        model = merge_adapters(model, spec.merge_adapters)
         parts = take_parts(model) if any(isinstance(each, DTensor) for each in model.parameters()) else {}
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        tuned = tuning.apply(model)
+        tuned = tuning.apply(model, vocabulary=vocabulary_modules(model) if new_rows else ())
     if not trains:
         tuned.requires_grad_(False)
+    half = next(model.parameters()).dtype
     upcast_trainable(tuned)
+    if half in (torch.bfloat16, torch.float16):
+        cast_around_copies(tuned, half)
     backbone = Backbone(tuned)
     backbone.parts = parts
+    if isinstance(tuning, Adapter) and tuning.shifts_base and tuning.adapter is None:
+        backbone.start = start_of(tuned)
     if spec.path is None and backbone.is_adapter:
         raise InputError(
             f"{WHERE}: an adapter needs a base that others can load, got a model from architecture. "

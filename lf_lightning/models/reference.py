@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lf_lightning.models.adapters import Full, LoRA, Tuning
+from lf_lightning.models.adapters import Adapter, Full, Tuning
 from lf_lightning.models.loading import load_backbone
+from lf_lightning.models.lora import LoRA
+from lf_lightning.models.new_tokens import NewRows
 from lf_lightning.types import BackboneSpec, InputError, Kernel, TokenBatch
 
 if TYPE_CHECKING:
@@ -73,17 +75,22 @@ def resolved_kind(spec: ReferenceSpec, tuning: Tuning) -> Kind:
     Raises:
         InputError: The kind needs an adapter and the tuning has none, or `dtype` belongs to no separate reference.
     """
-    if spec.kind in ("adapters_off", "snapshot") and not isinstance(tuning, LoRA):
+    if spec.kind in ("adapters_off", "snapshot") and not isinstance(tuning, Adapter):
         raise InputError(
             f"{WHERE}.kind: {spec.kind} needs a tuning with an adapter, got {type(tuning).__name__}. Use kind: copy."
+        )
+    if spec.kind == "adapters_off" and isinstance(tuning, Adapter) and tuning.shifts_base and tuning.adapter is None:
+        raise InputError(
+            f"{WHERE}.kind: adapters_off would leave weights without what the PiSSA adapter began with, got it beside "
+            "a tuning with init: pissa. Use kind: snapshot, or kind: copy."
         )
     if spec.kind != "auto":
         return spec.kind
     if spec.path is not None:
         return "model"
-    if not isinstance(tuning, LoRA):
+    if not isinstance(tuning, Adapter):
         return "copy"
-    kind: Kind = "adapters_off" if tuning.adapter is None else "snapshot"
+    kind: Kind = "snapshot" if tuning.adapter is not None or tuning.shifts_base else "adapters_off"
     if spec.dtype is not None:
         _refuse_dtype(kind, spec.dtype)
     return kind
@@ -170,8 +177,8 @@ class Reference:
         copied = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
         idle = ".modules_to_save." if not self._with_adapters else ".original_module."
         for name, tensor in model.state_dict().items():
-            is_adapter = ".lora_" in name and not self._with_adapters
-            if not is_adapter and not (name.startswith(copied) and idle in name):
+            is_adapter = ".lora_" in name or ".oft_R." in name
+            if not (is_adapter and not self._with_adapters) and not (name.startswith(copied) and idle in name):
                 plain = name.replace(".base_layer", "").replace(".original_module", "")
                 plain = plain.replace(".modules_to_save.default", "")
                 yield plain, self._snapshot.get(f"{prefix}.{name}".removeprefix("."), tensor)
@@ -219,6 +226,7 @@ def load_reference(
     vocab_size: int,
     seed: int,
     mesh: DeviceMesh | None = None,
+    new_rows: NewRows | None = None,
 ) -> Reference:
     """Make the reference that a spec asks for, before the policy trains or is sharded.
 
@@ -230,6 +238,7 @@ def load_reference(
         vocab_size: Words of the tokenizer.
         seed: As the policy was loaded with.
         mesh: Ranks that will share a model of the reference's own, as `load_backbone` takes it.
+        new_rows: Words that are new to the policy. Another model at `path` must know them.
 
     Raises:
         InputError: The kind does not fit the tuning, or the reference model cannot be loaded.
@@ -244,23 +253,26 @@ def load_reference(
             if parameter.requires_grad
         }
         return Reference(policy, is_separate=False, snapshot=trained)
-    own = _load_own(spec, kind, backbone_spec, tuning, vocab_size=vocab_size, seed=seed, mesh=mesh)
+    rows = new_rows if kind == "copy" else None
+    own = _load_own(spec, kind, backbone_spec, tuning, vocab_size=vocab_size, seed=seed, mesh=mesh, new_rows=rows)
     own.requires_grad_(False)
     return Reference(own.eval(), is_separate=True)
 
 
 def _load_own(spec: ReferenceSpec, kind: Kind, backbone_spec: BackboneSpec, tuning: Tuning, **options: Any) -> Backbone:
     """A model beside the policy, in the policy's types or in those of the spec."""
-    upcasts = spec.dtype is None and not isinstance(tuning, LoRA)  # as a policy does whose own weights train
+    upcasts = spec.dtype is None and not isinstance(tuning, Adapter)  # as a policy does whose own weights train
+    if isinstance(tuning, Adapter) and tuning.adapter is None:  # a new one changes nothing
+        tuning = Full()
     backbone_spec = replace(backbone_spec, gradient_checkpointing=False)
     if spec.dtype is not None:
         backbone_spec = replace(backbone_spec, dtype=spec.dtype)
-        tuning = tuning if isinstance(tuning, LoRA) else Full()  # Freeze casts between types, which are all one here
+        tuning = tuning if isinstance(tuning, Adapter) else Full()  # Freeze casts between types, which are all one here
     if kind == "model":
         # its author is not the policy's, and the policy's options say nothing of it
         backbone_spec = replace(backbone_spec, path=spec.path, architecture=None, revision=None)
-        backbone_spec = replace(backbone_spec, trust_remote_code=False)
-        tuning = LoRA(adapter=spec.adapter) if spec.adapter else Full() if isinstance(tuning, LoRA) else tuning
+        backbone_spec = replace(backbone_spec, trust_remote_code=False, merge_adapters=())
+        tuning = LoRA(adapter=spec.adapter) if spec.adapter else Full() if isinstance(tuning, Adapter) else tuning
     try:
         return load_backbone(backbone_spec, tuning, trains=upcasts, **options)
     except InputError as error:

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lf_lightning.console import say
-from lf_lightning.models.adapters import Full, LoRA, Tuning
+from lf_lightning.models.adapters import Full, Tuning
 from lf_lightning.models.backbone import Backbone, embedding_rows
 from lf_lightning.models.loading import load_backbone
+from lf_lightning.models.lora import LoRA
 from lf_lightning.models.rewards import WHERE, Reward, RewardBatch, RewardSetting, check_weight
 from lf_lightning.models.tensor_files import refuse_pickles
 from lf_lightning.models.value_head import ValueHead, last_counted, load_value_head

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from lf_lightning.models.adapters import LoRA, Tuning
+from lf_lightning.models.adapters import Adapter, Tuning
 from lf_lightning.models.sequence_classification import check_has_classifier, export_sequence_classification
 from lf_lightning.models.value_head_files import find_value_head, load_value_head, save_value_head
 from lf_lightning.types import InputError, Kernel, OutputLayer
@@ -143,7 +143,7 @@ def add_value_head(
     backbone.value_head = head.train(backbone.training)
     if spec.init == "new":
         return False
-    names = [tuning.adapter] if isinstance(tuning, LoRA) and tuning.adapter else []
+    names = [tuning.adapter] if isinstance(tuning, Adapter) and tuning.adapter else []
     names += [path] if path else []
     folder = next(
         filter(None, (find_value_head(name, revision=revision if name == path else None) for name in names)), None

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from lf_lightning.console import say
 from lf_lightning.models import Backbone, load_backbone
 from lf_lightning.models.export import load_weights
+from lf_lightning.models.new_tokens import NewRows
 from lf_lightning.models.probe import check_output_layer
 from lf_lightning.models.sharding import check_sharded, cut_again, shard
 from lf_lightning.stages.fsdp2 import FSDP2Strategy
+from lf_lightning.types import InputError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +34,22 @@ def check_gradients_meet(stage: Stage) -> None:
         check_sharded(stage.backbone)
 
 
+def new_rows_of(stage: Stage) -> NewRows:
+    """Words that the data's tokenizer has and the model does not know yet.
+
+    Raises:
+        InputError: There is no DataModule, which alone knows their ids.
+    """
+    if stage.data is not None:
+        return stage.data.new_rows  # type: ignore[no-any-return]  # no stage imports the DataModule
+    if stage.backbone_spec.added_tokens:
+        raise InputError(
+            "model.init_args.backbone.new_tokens: need a DataModule, whose tokenizer learns them, got loaders. "
+            "Pass datamodule=DataModule(...)."
+        )
+    return {}
+
+
 def build_backbone(stage: Stage) -> Backbone:
     """Load the model, extend and check it, shard it where the strategy asks for it, and leave it in train mode.
 
@@ -42,7 +60,12 @@ def build_backbone(stage: Stage) -> Backbone:
     vocab_size = len(data.tokenizer) if data is not None else 0
     mesh = sharing_mesh(stage)
     backbone = load_backbone(
-        stage.backbone_spec, stage.tuning, vocab_size=vocab_size, seed=stage.seed, mesh=mesh and mesh["data_parallel"]
+        stage.backbone_spec,
+        stage.tuning,
+        vocab_size=vocab_size,
+        seed=stage.seed,
+        mesh=mesh and mesh["data_parallel"],
+        new_rows=new_rows_of(stage),
     )
     if data is not None:
         backbone.causal_lm.generation_config.eos_token_id = data.stop_token_ids
