@@ -240,6 +240,9 @@ class Kernel(Protocol):
         """Compute what the stage needs from hidden states (B, T, H) and targets (B, T)."""
 
 
+Quantization = Literal["nf4", "fp4", "int8"]
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """The language model and its tokenizer.
@@ -248,6 +251,9 @@ class BackboneSpec:
         path: Folder or hub name of a causal language model that transformers can load. Leave it empty to build a
             model with random weights from `architecture`.
         dtype: Type of the frozen weights. Trainable weights are always float32; `auto` is the type in the folder.
+        quantization: Hold the frozen linear layers in few bits (bitsandbytes): `nf4` or `fp4` (Dettmers et al. 2023,
+            arXiv:2305.14314), or `int8` (Dettmers et al. 2022, arXiv:2208.07339). Only an adapter trains beside them.
+        double_quantization: Quantize the scales of 4-bit weights too: 0.4 bits less a weight.
         attention: Attention kernel: `auto` takes transformers' choice (sdpa where the model has it).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         architecture: Configuration of a model built from scratch, for example `{model_type: llama, hidden_size: 128,
@@ -265,6 +271,8 @@ class BackboneSpec:
 
     path: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    quantization: Quantization | None = None
+    double_quantization: bool = True
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
     architecture: dict[str, Any] | None = None
@@ -296,6 +304,11 @@ class BackboneSpec:
             raise InputError(
                 "model.init_args.backbone.tokenizer: a model built from architecture needs a tokenizer, got none. "
                 "Set it to a folder, or to bytes."
+            )
+        if not self.double_quantization and self.quantization not in ("nf4", "fp4"):
+            raise InputError(
+                "model.init_args.backbone.double_quantization: belongs to quantization: nf4 or fp4, got "
+                f"{self.quantization}. Remove it."
             )
         names = self.added_tokens
         if len({*names}) < len(names) or not all(names):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from lf_lightning.models import attention
+from lf_lightning.models.quantization import size_of
 from lf_lightning.types import InputError, Kernel, Layout, OutputLayer, TokenBatch
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Backbone(nn.Module):
 
     def num_parameters(self) -> tuple[int, int]:
         """Trainable and all parameters."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        sizes = [(size_of(parameter), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 

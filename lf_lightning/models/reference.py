@@ -19,7 +19,7 @@ from lf_lightning.models.adapters import Adapter, Full, Tuning
 from lf_lightning.models.loading import load_backbone
 from lf_lightning.models.lora import LoRA
 from lf_lightning.models.new_tokens import NewRows
-from lf_lightning.types import BackboneSpec, InputError, Kernel, TokenBatch
+from lf_lightning.types import BackboneSpec, InputError, Kernel, Quantization, TokenBatch
 
 if TYPE_CHECKING:
     from lf_lightning.models.backbone import Backbone
@@ -42,6 +42,8 @@ class ReferenceSpec:
         path: Folder or hub name of another model, which must read the same tokens; code that comes with it is not run.
         adapter: Folder of an adapter on top of that model.
         dtype: Type of a separate reference's weights (`copy`, `model`); empty means as the policy's.
+        quantization: Hold a separate reference in few bits, as the backbone's option of that name; empty means as the
+            policy's for `copy`, and not for `model`.
         precompute: Compute the reference's log-probs once before training, and keep them on disk.
     """
 
@@ -49,6 +51,7 @@ class ReferenceSpec:
     path: str | None = None
     adapter: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    quantization: Quantization | None = None
     precompute: bool = False
 
     def __post_init__(self) -> None:
@@ -65,8 +68,8 @@ class ReferenceSpec:
             raise InputError(
                 f"{WHERE}.adapter: lies on top of the model at path, got no path. Give path, or remove adapter."
             )
-        if self.dtype is not None and self.kind in ("adapters_off", "snapshot"):
-            _refuse_dtype(self.kind, self.dtype)
+        if self.kind in ("adapters_off", "snapshot"):
+            _refuse_own_types(self, self.kind)
 
 
 def resolved_kind(spec: ReferenceSpec, tuning: Tuning) -> Kind:
@@ -91,16 +94,17 @@ def resolved_kind(spec: ReferenceSpec, tuning: Tuning) -> Kind:
     if not isinstance(tuning, Adapter):
         return "copy"
     kind: Kind = "snapshot" if tuning.adapter is not None or tuning.shifts_base else "adapters_off"
-    if spec.dtype is not None:
-        _refuse_dtype(kind, spec.dtype)
+    _refuse_own_types(spec, kind)
     return kind
 
 
-def _refuse_dtype(kind: str, dtype: str) -> None:
-    raise InputError(
-        f"{WHERE}.dtype: belongs to a reference with weights of its own, got {dtype} with kind: {kind}, which runs the "
-        "policy's. Remove dtype, or set kind: copy."
-    )
+def _refuse_own_types(spec: ReferenceSpec, kind: str) -> None:
+    for name, value in (("dtype", spec.dtype), ("quantization", spec.quantization)):
+        if value is not None:
+            raise InputError(
+                f"{WHERE}.{name}: belongs to a reference with weights of its own, got {value} with kind: {kind}, which "
+                f"runs the policy's. Remove {name}, or set kind: copy."
+            )
 
 
 class Reference:
@@ -225,6 +229,7 @@ def load_reference(
     *,
     vocab_size: int,
     seed: int,
+    device: torch.device | None = None,
     mesh: DeviceMesh | None = None,
     new_rows: NewRows | None = None,
 ) -> Reference:
@@ -237,6 +242,7 @@ def load_reference(
         tuning: How the policy is tuned.
         vocab_size: Words of the tokenizer.
         seed: As the policy was loaded with.
+        device: Where weights of the reference's own are quantized, as `load_backbone` takes it.
         mesh: Ranks that will share a model of the reference's own, as `load_backbone` takes it.
         new_rows: Words that are new to the policy. Another model at `path` must know them.
 
@@ -254,19 +260,24 @@ def load_reference(
         }
         return Reference(policy, is_separate=False, snapshot=trained)
     rows = new_rows if kind == "copy" else None
-    own = _load_own(spec, kind, backbone_spec, tuning, vocab_size=vocab_size, seed=seed, mesh=mesh, new_rows=rows)
+    options: dict[str, Any] = {"vocab_size": vocab_size, "seed": seed, "device": device, "mesh": mesh, "new_rows": rows}
+    own = _load_own(spec, kind, backbone_spec, tuning, **options)
     own.requires_grad_(False)
     return Reference(own.eval(), is_separate=True)
 
 
 def _load_own(spec: ReferenceSpec, kind: Kind, backbone_spec: BackboneSpec, tuning: Tuning, **options: Any) -> Backbone:
     """A model beside the policy, in the policy's types or in those of the spec."""
-    upcasts = spec.dtype is None and not isinstance(tuning, Adapter)  # as a policy does whose own weights train
+    own_types = spec.dtype is not None or spec.quantization is not None
+    upcasts = not own_types and not isinstance(tuning, Adapter)  # as a policy does whose own weights train
     if isinstance(tuning, Adapter) and tuning.adapter is None:  # a new one changes nothing
         tuning = Full()
     backbone_spec = replace(backbone_spec, gradient_checkpointing=False)
     if spec.dtype is not None:
         backbone_spec = replace(backbone_spec, dtype=spec.dtype)
+    if spec.quantization is not None or kind == "model":
+        backbone_spec = replace(backbone_spec, quantization=spec.quantization, double_quantization=True)
+    if own_types:
         tuning = tuning if isinstance(tuning, Adapter) else Full()  # Freeze casts between types, which are all one here
     if kind == "model":
         # its author is not the policy's, and the policy's options say nothing of it

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from lf_lightning.console import say
 from lf_lightning.models import Backbone, load_backbone
 from lf_lightning.models.export import load_weights
@@ -11,7 +13,7 @@ from lf_lightning.models.new_tokens import NewRows
 from lf_lightning.models.probe import check_output_layer
 from lf_lightning.models.sharding import check_sharded, cut_again, shard
 from lf_lightning.stages.fsdp2 import FSDP2Strategy
-from lf_lightning.types import InputError
+from lf_lightning.types import InputError, Quantization
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -50,6 +52,12 @@ def new_rows_of(stage: Stage) -> NewRows:
     return {}
 
 
+def place_of(stage: Stage, quantization: Quantization | None) -> torch.device | None:
+    """Where a model is built: on its GPU where weights are quantized while they are read, else on the CPU (None)."""
+    device = stage.trainer.strategy.root_device
+    return device if quantization is not None and device.type == "cuda" else None
+
+
 def build_backbone(stage: Stage) -> Backbone:
     """Load the model, extend and check it, shard it where the strategy asks for it, and leave it in train mode.
 
@@ -64,6 +72,7 @@ def build_backbone(stage: Stage) -> Backbone:
         stage.tuning,
         vocab_size=vocab_size,
         seed=stage.seed,
+        device=place_of(stage, stage.backbone_spec.quantization),
         mesh=mesh and mesh["data_parallel"],
         new_rows=new_rows_of(stage),
     )

@@ -11,7 +11,7 @@ import torch
 from lf_lightning.models import Backbone, Reference, ReferenceSpec, Tuning, load_reference
 from lf_lightning.models.reference import resolved_kind
 from lf_lightning.models.sharding import shard
-from lf_lightning.stages.building import new_rows_of, sharing_mesh
+from lf_lightning.stages.building import new_rows_of, place_of, sharing_mesh
 
 if TYPE_CHECKING:
     from lf_lightning.stages.base import Stage
@@ -57,6 +57,7 @@ class HeldReference:
             stage.tuning,
             vocab_size=vocab_size,
             seed=stage.seed,
+            device=place_of(stage, spec.quantization or stage.backbone_spec.quantization),
             mesh=mesh and mesh["data_parallel"],
             new_rows=new_rows_of(stage),
         )
