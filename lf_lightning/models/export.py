@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,18 @@ def save_weights(backbone: Backbone, folder: Path, *, base: str | None, writes: 
         model.peft_config[TRAINED].base_model_name_or_path = base
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False, selected_adapters=[TRAINED])
         (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty model card
+        _sort_config(folder / "adapter_config.json")
     else:
         model.save_pretrained(folder, state_dict=state)
+
+
+def _sort_config(path: Path) -> None:
+    """Give the names in an adapter's configuration an order: peft writes sets, each process in its own."""
+    values = json.loads(path.read_text())
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
+        if isinstance(values.get(name), list):
+            values[name] = sorted(values[name])
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _gathered(backbone: Backbone, *, keeps: bool) -> dict[str, Tensor] | None:

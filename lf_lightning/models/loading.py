@@ -79,7 +79,7 @@ def load_backbone(
     if half in (torch.bfloat16, torch.float16):
         cast_around_copies(tuned, half)
     backbone = Backbone(tuned)
-    backbone.parts = parts
+    backbone.parts, backbone.is_merged = parts, bool(spec.merge_adapters)
     if isinstance(tuning, Adapter) and tuning.shifts_base and tuning.adapter is None:
         backbone.start = start_of(tuned)
     if spec.path is None and backbone.is_adapter:

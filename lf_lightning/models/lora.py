@@ -114,6 +114,11 @@ class LoRA(Adapter):
         }
         adapted: PeftModel = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
         check_all_adapted(adapted, targets)
+        if _ties(model, whole) and not is_tied(model):
+            raise InputError(
+                f"{WHERE}.modules_to_save: peft cannot keep embedding and output layer of this family tied, got the "
+                "embedding to train whole. Use Freeze or Full."
+            )
         return adapted
 
     def _check_fits(self, model: PreTrainedModel, targets: Targets) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lf_lightning.models.adapters import decoder_blocks
+from lf_lightning.models.adapters import decoder_blocks, is_tied
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.parts import put_parts
 from lf_lightning.shards import replace_parameters
@@ -21,8 +21,9 @@ from lf_lightning.types import IGNORE, Document, InputError, TokenBatch
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     """Shard every block, and the rest with the root, over the data-parallel dimension of a mesh.
 
-    What trains beside frozen weights, and a value head, form groups of their own, since a group holds one dtype. The kernel runs inside the
-    root's forward, where the output layer is whole. A model that was read in parts gets its rows.
+    What trains beside frozen weights, and a value head, form groups of their own, since a group holds one dtype. The
+    kernel runs inside the root's forward, where the output layer is whole. A model that was read in parts gets its
+    rows.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -36,7 +37,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     }
     replace_parameters(backbone, meta)
     backbone.parts = {}
-    _check_experts(backbone)
+    _check_adapters(backbone)
     blocks = decoder_blocks(backbone.causal_lm)
     for block in blocks:
         trained = _trained_parts(block)
@@ -85,14 +86,21 @@ def _parts_of_another_type(backbone: Backbone, blocks: nn.ModuleList) -> list[nn
     return parts
 
 
-def _check_experts(backbone: Backbone) -> None:
-    """Refuse adapters on tensors of fused experts, which peft reads outside of their own forward.
+def _check_adapters(backbone: Backbone) -> None:
+    """Refuse what peft reads outside of its own forward: adapters on tensors of fused experts, and tied copies.
 
     Raises:
         InputError: As said.
     """
     from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils import ModulesToSaveWrapper
 
+    head = backbone.causal_lm.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and is_tied(backbone.causal_lm):
+        raise InputError(
+            "trainer.strategy: fsdp2 cannot cut a trained copy of embedding and output layer that are tied, got one. "
+            "Use ddp, or Full tuning."
+        )
     if any(isinstance(module, ParamWrapper) for module in backbone.modules()):
         raise InputError(
             "trainer.strategy: fsdp2 cannot cut an adapter on fused experts, got one. Use ddp, or name the layers "

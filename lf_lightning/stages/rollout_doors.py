@@ -43,6 +43,11 @@ def check_rollouts(
             f"{WHERE}.tuning.init_args.dropout: must be 0 for rollouts, whose log-probs are computed without dropout, "
             f"got {tuning.dropout}. Remove it."
         )
+    if isinstance(tuning, LoRA) and tuning.shifts_base and any(reward.needs_adapter for reward in rewards):
+        raise InputError(
+            f"{WHERE}.rewards: RewardAdapter runs on the original weights, which a policy tuned with init: "
+            f"{tuning.init} has not, got both. Use RewardModel, or init: zero."
+        )
     if not isinstance(tuning, LoRA) and any(reward.needs_adapter for reward in rewards):
         raise InputError(
             f"{WHERE}.rewards: RewardAdapter needs a policy tuned with LoRA, on whose base it runs, got "
