@@ -26,7 +26,7 @@ from lf_lightning.data.stream_checks import check_stream_run
 from lf_lightning.models import GenerationEngine, Tuning
 from lf_lightning.models.rewards import Reward
 from lf_lightning.optim import OptimizerSpec
-from lf_lightning.refusal import check_top_keys, refusal
+from lf_lightning.refusal import check_top_keys, leaves, refusal
 from lf_lightning.stages import STAGES as STAGE_CLASSES
 from lf_lightning.stages import Stage
 from lf_lightning.stages.doors import check_run, check_sharing
@@ -240,7 +240,7 @@ def print_help(argv: list[str], verb: str) -> None:
     stage = next((name for name in STAGES if name in argv), "SFT")
     pages = [["--help"], ["--model.help", stage]]
     for group, base in (("tuning", Tuning), ("optimizer", OptimizerSpec)):
-        pages += [["--model", stage, f"--model.{group}.help", kind.__name__] for kind in base.__subclasses__()]
+        pages += [["--model", stage, f"--model.{group}.help", kind.__name__] for kind in leaves(base)]
     text = io.StringIO()
     for page in pages:
         with suppress(SystemExit), redirect_stdout(text):

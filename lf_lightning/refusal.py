@@ -32,6 +32,14 @@ from lf_lightning.optim import OptimizerSpec, ScheduleSpec
 from lf_lightning.stages import STAGES
 from lf_lightning.types import BackboneSpec, InputError
 
+
+def leaves(base: type) -> Iterator[type]:
+    """The classes below a class that none derives from."""
+    kinds: list[type] = base.__subclasses__()
+    for kind in kinds:
+        yield from list(leaves(kind)) or [kind]
+
+
 OWNERS: dict[str, tuple[type, ...]] = {
     "model": STAGES,
     "backbone": (BackboneSpec,),
@@ -42,7 +50,7 @@ OWNERS: dict[str, tuple[type, ...]] = {
     "reference": (ReferenceSpec,),
     "constants": (PreferenceConstants, PPOConstants, GRPOConstants),
     "value_head": (ValueHeadSpec,),
-    "tuning": tuple(Tuning.__subclasses__()),
+    "tuning": tuple(leaves(Tuning)),
     "optimizer": tuple(OptimizerSpec.__subclasses__()),
     "data": (DataModule,),
     "trainer": (Trainer,),

@@ -219,29 +219,6 @@ class Response(NamedTuple):
     scores: tuple[float, ...] = ()  # what each reward gives it, in their order; before weights
 
 
-class Sample(NamedTuple):
-    """A response to a validation prompt, with what was made of it."""
-
-    row: int  # position in its set
-    prompt: str
-    response: str
-    reference: str  # the answer that the data gives, "" where it gives none
-    reward: float
-    kl: float | None  # summed log policy - log reference, in nats; None where there is no reference
-    length: int  # tokens
-    is_stopped: bool
-
-
-class RollsOut(Protocol):
-    """What the loader of rollouts asks of the stage."""
-
-    def rollout(self, number: int, prompts: Sequence[PromptBatch]) -> Sequence[Response]:
-        """Answer and score this rank's prompts; gives the responses of all ranks, in the order of their rows."""
-
-    def make_experience(self, steps: Sequence[StepBatch]) -> None:
-        """Compute what the updates need of every token, on this rank's optimizer steps of the first epoch."""
-
-
 class OutputLayer(NamedTuple):
     """How hidden states become logits: cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap tanh(x / softcap)."""
 
@@ -263,6 +240,9 @@ class Kernel(Protocol):
         """Compute what the stage needs from hidden states (B, T, H) and targets (B, T)."""
 
 
+Quantization = Literal["nf4", "fp4", "int8"]
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """The language model and its tokenizer.
@@ -271,6 +251,9 @@ class BackboneSpec:
         path: Folder or hub name of a causal language model that transformers can load. Leave it empty to build a
             model with random weights from `architecture`.
         dtype: Type of the frozen weights. Trainable weights are always float32; `auto` is the type in the folder.
+        quantization: Hold the frozen linear layers in few bits (bitsandbytes): `nf4` or `fp4` (Dettmers et al. 2023,
+            arXiv:2305.14314), or `int8` (Dettmers et al. 2022, arXiv:2208.07339). Only an adapter trains beside them.
+        double_quantization: Quantize the scales of 4-bit weights too: 0.4 bits less a weight.
         attention: Attention kernel: `auto` takes transformers' choice (sdpa where the model has it).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         architecture: Configuration of a model built from scratch, for example `{model_type: llama, hidden_size: 128,
@@ -278,16 +261,33 @@ class BackboneSpec:
         tokenizer: Folder or hub name of the tokenizer, or `bytes` for one token per byte of UTF-8. Empty: `path`.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run model code that comes with the folder. Off unless you trust its author.
+        merge_adapters: Folders of adapters that are merged into the model, in this order, before anything else.
+        new_tokens: Words to add to the tokenizer and to the model, which trains embedding and output layer for them: a
+            list, or a mapping from each to a text that describes it and whose words it then starts as.
+        new_special_tokens: The same for control tokens, which decoding can leave out.
+        new_token_noise: Standard deviation of the noise on the rows of new tokens, >= 0; empty means 1 / sqrt(hidden
+            size), and none for tokens with a description.
     """
 
     path: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    quantization: Quantization | None = None
+    double_quantization: bool = True
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
     architecture: dict[str, Any] | None = None
     tokenizer: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    merge_adapters: Sequence[str] = ()
+    new_tokens: Sequence[str] | dict[str, str] = ()
+    new_special_tokens: Sequence[str] | dict[str, str] = ()
+    new_token_noise: float | None = None
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """New tokens, then new special tokens."""
+        return [*self.new_tokens, *self.new_special_tokens]
 
     def __post_init__(self) -> None:
         """Refuse a spec that names no model or two.
@@ -304,6 +304,21 @@ class BackboneSpec:
             raise InputError(
                 "model.init_args.backbone.tokenizer: a model built from architecture needs a tokenizer, got none. "
                 "Set it to a folder, or to bytes."
+            )
+        if not self.double_quantization and self.quantization not in ("nf4", "fp4"):
+            raise InputError(
+                "model.init_args.backbone.double_quantization: belongs to quantization: nf4 or fp4, got "
+                f"{self.quantization}. Remove it."
+            )
+        names = self.added_tokens
+        if len({*names}) < len(names) or not all(names):
+            raise InputError(
+                f"model.init_args.backbone.new_tokens: must be words, each once, got {names}. Correct them."
+            )
+        if self.new_token_noise is not None and (self.new_token_noise < 0 or not names):
+            raise InputError(
+                "model.init_args.backbone.new_token_noise: must be 0 or more and beside new_tokens, got "
+                f"{self.new_token_noise} with {len(names)} new tokens. Correct it, or remove it."
             )
 
 

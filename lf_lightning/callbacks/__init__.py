@@ -6,6 +6,8 @@ from lf_lightning.callbacks.answers import AnswersTable
 from lf_lightning.callbacks.checkpoint import RunCheckpoint
 from lf_lightning.callbacks.debug_bundle import DebugBundle
 from lf_lightning.callbacks.folder import last_checkpoint
+from lf_lightning.callbacks.merged_base import SaveMergedBase
+from lf_lightning.callbacks.pissa import PissaConvertCallback
 from lf_lightning.callbacks.plots import PlotLoss
 from lf_lightning.callbacks.predictions import WritePredictions
 from lf_lightning.callbacks.processor import SaveProcessorCallback
@@ -27,6 +29,7 @@ __all__ = [
     "GradientReach",
     "Interrupted",
     "LaggingRank",
+    "PissaConvertCallback",
     "PlainProgress",
     "PlotLoss",
     "Quarantine",
@@ -34,6 +37,7 @@ __all__ = [
     "RunCheckpoint",
     "RunFolder",
     "RunLog",
+    "SaveMergedBase",
     "SaveProcessorCallback",
     "WritePredictions",
     "WriteSamples",
@@ -43,8 +47,9 @@ __all__ = [
 
 
 def default_callbacks() -> list[Callback]:
-    """What every run has, with its defaults; the order matters: logs before plots, the model card last."""
-    saves = [SaveProcessorCallback(), FixValueHeadModelCallback(), RunFolder()]
+    """What every run has; the order matters: PiSSA before the head, logs before plots, the model card last."""
+    saves: list[Callback] = [PissaConvertCallback(), SaveMergedBase(), SaveProcessorCallback()]
+    saves += [FixValueHeadModelCallback(), RunFolder()]
     watches = [Quarantine(), GradientReach(), LaggingRank(), DebugBundle(), GracefulStop()]
     logs = [RandomState(), RunLog(), PlotLoss(), WritePredictions(), WriteSamples()]
     return [*saves, *logs, *watches, RunCheckpoint()]

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.console import say
-from lf_lightning.types import Answer, PairScore, Sample
+from lf_lightning.types import Answer, PairScore
+
+
+class Sample(NamedTuple):
+    """A response to a validation prompt, with what was made of it."""
+
+    row: int  # position in its set
+    prompt: str
+    response: str
+    reference: str  # the answer that the data gives, "" where it gives none
+    reward: float
+    kl: float | None  # summed log policy - log reference, in nats; None where there is no reference
+    length: int  # tokens
+    is_stopped: bool
+
 
 Prediction = TypeVar("Prediction", Answer, PairScore, Sample)
 Value = TypeVar("Value")

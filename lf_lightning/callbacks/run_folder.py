@@ -11,13 +11,25 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lf_lightning.callbacks.folder import complete_checkpoints, put_back, remove_checkpoint, run_folder, step_of
+from lf_lightning.callbacks.merged_base import BASE
 from lf_lightning.callbacks.recipe import recipe_of
 from lf_lightning.callbacks.run_log import CSV, JSONL, QUARANTINE, RESULTS, SAMPLES, cut_logs, last_values
 from lf_lightning.callbacks.secrets import without_secrets
 from lf_lightning.console import say
 from lf_lightning.types import InputError
 
-OF_A_RUN = ("config.yaml", JSONL, CSV, RESULTS, SAMPLES, "final", "generated_predictions.jsonl", "debug", QUARANTINE)
+OF_A_RUN = (
+    "config.yaml",
+    JSONL,
+    CSV,
+    RESULTS,
+    SAMPLES,
+    "final",
+    BASE,
+    "generated_predictions.jsonl",
+    "debug",
+    QUARANTINE,
+)
 
 
 class RunFolder(Callback):

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from lf_lightning.callbacks.folder import run_folder
+from lf_lightning.callbacks.predictions import Sample
 from lf_lightning.callbacks.run_log import SAMPLES
-from lf_lightning.types import Sample
 
 COLUMNS = ("prompt", "response", "reward", "kl")
 

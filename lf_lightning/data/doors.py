@@ -18,10 +18,10 @@ from lf_lightning.data.layout import MicroBatchRule
 from lf_lightning.data.loader import EvalLoader
 from lf_lightning.data.prompts import Prompt
 from lf_lightning.data.reader import Reader
-from lf_lightning.data.rollouts import RolloutPlan
+from lf_lightning.data.rollouts import RolloutPlan, RollsOut
 from lf_lightning.data.sets import EncodedSets, Split
 from lf_lightning.data.templates import Template, stop_token_ids
-from lf_lightning.types import Layout, PromptBatch, Response, RolloutBatch, RollsOut, StepBatch, Task, Unit
+from lf_lightning.types import Layout, PromptBatch, Response, RolloutBatch, StepBatch, Task, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,11 @@ class DataDoors(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with the template that the data is rendered with."""
         return self.reader.tokenizer
+
+    @property
+    def new_rows(self) -> dict[int, tuple[int, ...]]:
+        """Id of each token that the backbone's own tokenizer does not know -> ids of its description."""
+        return self.reader.new_rows
 
     @property
     def template(self) -> Template:

@@ -14,7 +14,7 @@ from lf_lightning.data.prompts import Prompt, prompt_rows
 from lf_lightning.data.sources import resolve_sources
 from lf_lightning.data.store import TokenStore, build_store
 from lf_lightning.data.templates import Template, load_template
-from lf_lightning.data.tokenizer import fit_tokenizer, load_tokenizer
+from lf_lightning.data.tokenizer import add_new_tokens, fit_tokenizer, load_tokenizer
 from lf_lightning.types import BackboneSpec, Source
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Reader:
     @cached_property
     def _both(self) -> tuple[PreTrainedTokenizerBase, Template]:
         tokenizer = load_tokenizer(self._backbone)
+        self._new_rows = add_new_tokens(tokenizer, self._backbone)
         template = load_template(self._given["template"], tokenizer, self._options.task)
         fit_tokenizer(tokenizer, template)
         return tokenizer, template
@@ -47,6 +48,12 @@ class Reader:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with the template that the data is rendered with."""
         return self._both[0]
+
+    @property
+    def new_rows(self) -> dict[int, tuple[int, ...]]:
+        """Id of each token that the backbone's own tokenizer does not know -> ids of its description."""
+        self._both  # noqa: B018  # which finds them
+        return self._new_rows
 
     @property
     def template(self) -> Template:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from lf_lightning.data.collate_rollouts import Exchange, exchanges_of, rollout_b
 from lf_lightning.data.layout import MicroBatchRule, micro_batch_plan
 from lf_lightning.data.order import epoch_order, steps_per_epoch
 from lf_lightning.data.prompts import Prompt
-from lf_lightning.types import InputError, RollsOut, StepBatch, UnitId
+from lf_lightning.types import InputError, PromptBatch, Response, StepBatch, UnitId
 
 PASSES = 0x2011
 """Keeps the order of responses apart from that of prompts."""
@@ -22,6 +22,16 @@ PASSES = 0x2011
 def prompt_rows_of(prompts: Sequence[Prompt]) -> tuple[UnitId, ...]:
     """The rows of prompts, each once, in their order."""
     return tuple(dict.fromkeys(UnitId(prompt.source, prompt.row) for prompt in prompts))
+
+
+class RollsOut(Protocol):
+    """What the loader of rollouts asks of the stage."""
+
+    def rollout(self, number: int, prompts: Sequence[PromptBatch]) -> Sequence[Response]:
+        """Answer and score this rank's prompts; gives the responses of all ranks, in the order of their rows."""
+
+    def make_experience(self, steps: Sequence[StepBatch]) -> None:
+        """Compute what the updates need of every token, on this rank's optimizer steps of the first epoch."""
 
 
 class RolloutPlan(NamedTuple):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lf_lightning.console import say
 from lf_lightning.data.templates import NAMED, Template
 from lf_lightning.types import BackboneSpec, InputError
 
@@ -52,6 +54,44 @@ def load_tokenizer(spec: BackboneSpec) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or str(tokenizer.convert_ids_to_tokens(0))
     return tokenizer
+
+
+def add_new_tokens(tokenizer: PreTrainedTokenizerBase, spec: BackboneSpec) -> dict[int, tuple[int, ...]]:
+    """Teach a tokenizer the new tokens of a backbone, in place.
+
+    Returns:
+        Id of each token that it did not know -> ids of its description, empty where it has none.
+
+    Raises:
+        InputError: A description has no words.
+    """
+    described = {**_descriptions(spec.new_tokens), **_descriptions(spec.new_special_tokens)}
+    ids = {
+        token: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for token, text in described.items()
+        if text
+    }
+    num_known = len(tokenizer)
+    tokenizer.add_tokens(list(spec.new_tokens))
+    tokenizer.add_tokens(list(spec.new_special_tokens), special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    found = {token: vocabulary[token] for token in spec.added_tokens}
+    known = [token for token, number in found.items() if number < num_known]
+    if known:
+        say(f"model.init_args.backbone.new_tokens: the tokenizer knows {', '.join(known)} already")
+    return {number: ids.get(token, ()) for token, number in found.items() if number >= num_known}
+
+
+def _descriptions(tokens: Sequence[str] | dict[str, str]) -> dict[str, str]:
+    if not isinstance(tokens, dict):
+        return {}
+    for token, text in tokens.items():
+        if not text.strip():
+            raise InputError(
+                f"model.init_args.backbone.new_tokens: {token} must have a description, got none. "
+                "Write one, or give a list of tokens."
+            )
+    return tokens
 
 
 def _check_folder(name: str, key: str) -> None:

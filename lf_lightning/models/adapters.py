@@ -1,12 +1,10 @@
-"""Ways to tune: which parameters train. One small frozen spec each."""
+"""Ways to tune: which parameters train. One small frozen spec each; this room holds what they share."""
 
 from __future__ import annotations
 
-import difflib
-import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,159 +20,164 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+WHERE = "model.init_args.tuning.init_args"
+
 
 @dataclass(frozen=True)
 class Tuning(ABC):
     """Which parameters of the backbone train."""
 
     @abstractmethod
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+    def apply(self, model: PreTrainedModel, *, vocabulary: Sequence[str] = ()) -> PreTrainedModel | PeftModel:
         """Set `requires_grad` of every parameter, and add adapters where there are any.
+
+        Args:
+            model: The model.
+            vocabulary: Names of modules that must train whole beside: embedding and output layer of new tokens.
 
         Raises:
             InputError: The model lacks what the spec names.
         """
+
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether `apply` reads or copies weights, which a rank that holds only its rows of them cannot."""
+        return False
 
 
 @dataclass(frozen=True)
 class Full(Tuning):
     """Every parameter trains."""
 
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+    def apply(self, model: PreTrainedModel, *, vocabulary: Sequence[str] = ()) -> PreTrainedModel | PeftModel:
         """Let every parameter train."""
         model.requires_grad_(True)
         return model
 
 
-@dataclass(frozen=True)
-class Freeze(Tuning):
-    """The last blocks train; embeddings, earlier blocks, the last norm and the output layer stay.
+class Adapter(Tuning):
+    """Parameters beside the model's own, which stay as they are."""
 
-    Args:
-        num_layers: Number of blocks that train, counted from the end, > 0.
-    """
+    adapter: str | None
+    """Folder of an adapter to continue."""
+    dropout: float
+    """Probability of leaving out a part of the adapter while training."""
+    modules_to_save: Sequence[str]
+    """Modules that train whole and are saved with the adapter."""
+    kind: str
+    """What peft calls it."""
 
-    num_layers: int = 2
+    @property
+    def shifts_base(self) -> bool:
+        """Whether the new adapter is no zero: it takes over a part of the weights, which lose it."""
+        return False
 
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        """Let the parameters of the last blocks train."""
-        blocks = decoder_blocks(model)
-        if not 1 <= self.num_layers <= len(blocks):
-            raise InputError(
-                f"model.init_args.tuning.init_args.num_layers: must be 1 to {len(blocks)} for this model, "
-                f"got {self.num_layers}. Choose a number in that range."
-            )
-        model.requires_grad_(False)
-        trained = blocks[-self.num_layers :]
-        for block in trained:
-            block.requires_grad_(True)
-        half = next(model.parameters()).dtype
-        if half in (
-            torch.bfloat16,
-            torch.float16,
-        ):  # the trained blocks will be float32: cast where they meet the others
-            trained[0].register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-            trained[-1].register_forward_hook(partial(_cast_output, dtype=half))
-        return model
+    @property
+    def needs_whole_weights(self) -> bool:
+        """As said; peft copies modules that train whole, and reads the weights that an adapter takes over."""
+        if self.adapter is None:
+            return bool(self.modules_to_save) or self.shifts_base
+        folder = Path(self.adapter)
+        return (folder / "adapter_config.json").is_file() and _config_of(folder, "adapter").modules_to_save is not None
 
-
-@dataclass(frozen=True)
-class LoRA(Tuning):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A, of which only A and B train.
-
-    Args:
-        rank: Rank of the update, > 0.
-        alpha: Strength of the update; empty means 2 * rank.
-        dropout: Probability of dropping an input of A while training, in [0, 1).
-        target: Linear layers that get an adapter: `all` (every one but the output layer; experts that a model fuses
-            into one tensor are no linear layers), or a list of module names such as [q_proj, v_proj].
-        adapter: Folder of an adapter to continue. Its own rank, alpha, dropout and target apply, so none of them may
-            be given beside it.
-    """
-
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    target: str | list[str] = "all"
-    adapter: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their range, and options that an adapter to continue would override.
+    def check_alone(self) -> None:
+        """Refuse options that an adapter to continue overrides.
 
         Raises:
             InputError: As said.
         """
-        where = "model.init_args.tuning.init_args"
-        if self.rank < 1:
-            raise InputError(f"{where}.rank: must be at least 1, got {self.rank}. Try 8.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise InputError(f"{where}.alpha: must be positive, got {self.alpha}. Leave it out for 2 * rank.")
-        if not self.target:
-            raise InputError(f"{where}.target: must name linear layers, got none. Use all.")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"{where}.dropout: must be in [0, 1), got {self.dropout}. Try 0.0.")
-        if self.adapter and (self.rank, self.alpha, self.dropout, self.target) != (8, None, 0.0, "all"):
+        given = [
+            each.name
+            for each in fields(self)
+            if each.name != "adapter" and each.default is not MISSING and not _same(vars(self)[each.name], each.default)
+        ]
+        if self.adapter and given:
             raise InputError(
-                f"{where}: an adapter to continue brings its own rank, alpha, dropout and target, got some beside "
+                f"{WHERE}: an adapter to continue brings its own {', '.join(given)}, got them beside "
                 f"adapter: {self.adapter}. Remove them, or remove adapter."
             )
 
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        """Add new adapters, or load the ones to continue; everything else is frozen."""
-        from peft import LoraConfig, get_peft_model
 
-        if self.adapter is not None:
-            return _continued(model, self.adapter)
-        target: str | list[str] = "all-linear"
-        if self.target != "all":
-            target = [self.target] if isinstance(self.target, str) else list(self.target)
-            _check_targets(model, target)
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]  # takes floats
-            lora_dropout=self.dropout,
-            target_modules=target,
-            task_type="CAUSAL_LM",
+def _same(given: Any, default: Any) -> bool:
+    return given == default or (isinstance(default, tuple) and not default and not given)
+
+
+def continued(model: PreTrainedModel, tuning: Adapter) -> PeftModel:
+    """A model with a saved adapter that trains on; of a reward model's, all but its value head.
+
+    Raises:
+        InputError: The folder holds no adapter of this kind, or one that does not fit.
+    """
+    assert tuning.adapter is not None
+    folder = Path(tuning.adapter)
+    config = _checked_config(folder, f"{WHERE}.adapter")
+    if config.peft_type.value != tuning.kind:
+        raise InputError(
+            f"{WHERE}.adapter: must be a {tuning.kind} adapter for {type(tuning).__name__}, got "
+            f"{config.peft_type.value} in {folder}. Use the tuning of its kind."
         )
-        adapted: PeftModel = get_peft_model(model, config)
-        return adapted
+    return _loaded(model, folder, config, where=f"{WHERE}.adapter", is_trainable=True)
 
 
-def _cast_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Hidden states of frozen half-precision blocks become the float32 of the first trained one."""
-    cast = [_to(value, torch.float32) for value in args]
-    return tuple(cast), {name: _to(value, torch.float32) for name, value in kwargs.items()}
+def merge_adapters(model: PreTrainedModel, folders: Iterable[str]) -> PreTrainedModel:
+    """A model into whose weights saved adapters are merged, one after the other.
+
+    Raises:
+        InputError: A folder holds no adapter, or one that does not fit or is not finite.
+    """
+    where = "model.init_args.backbone.merge_adapters"
+    for name in folders:
+        folder = Path(name)
+        loaded: Any = _loaded(model, folder, _checked_config(folder, where), where=where, is_trainable=False)
+        try:
+            model = loaded.merge_and_unload(safe_merge=True)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            raise InputError(
+                f"{where}: {folder} cannot be merged, got {_reason(error)} Use another adapter."
+            ) from error
+    return model
 
 
-def _cast_output(block: nn.Module, args: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
-    """Hidden states of the last trained block become the half precision of the frozen norm and output layer."""
-    if isinstance(output, tuple):
-        return (_to(output[0], dtype), *output[1:])
-    return _to(output, dtype)
+def _config_of(folder: Path, where: str) -> Any:
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{where}: {folder} cannot be read, got {_reason(error)} Give another adapter.") from error
 
 
-def _to(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def _continued(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """A model with a saved adapter that trains on; of a reward model's, all but its value head."""
-    from peft import PeftConfig, PeftModel
-
-    where, folder = "model.init_args.tuning.init_args.adapter", Path(adapter)
+def _checked_config(folder: Path, where: str) -> Any:
+    """The configuration of a saved adapter that is valid on its base as it stands."""
     refuse_pickles(folder, where)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"{where}: must be a folder with {name}, got {adapter}. Give the folder of an adapter.")
+            raise InputError(f"{where}: must be a folder with {name}, got {folder}. Give the folder of an adapter.")
+    config = _config_of(folder, where)
+    if config.task_type == "SEQ_CLS":
+        kept = [name for name in config.modules_to_save or () if name not in ("score", "classifier")]
+        config.task_type, config.modules_to_save = "CAUSAL_LM", kept or None
+    init = vars(config).get("init_lora_weights")
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        raise InputError(
+            f"{where}: must be valid on its base, got {folder}, which was started as {init} and belongs to a base "
+            "without what the start took out of it. Convert it to a plain LoRA first: our final/ folders are."
+        )
+    return config
+
+
+def _loaded(model: PreTrainedModel, folder: Path, config: Any, *, where: str, is_trainable: bool) -> PeftModel:
+    from peft import PeftModel
+
     try:
-        config: Any = PeftConfig.from_pretrained(adapter)
-        if config.task_type == "SEQ_CLS":
-            config.task_type, config.modules_to_save = "CAUSAL_LM", None
-        continued: PeftModel = PeftModel.from_pretrained(model, adapter, is_trainable=True, config=config)
+        loaded: PeftModel = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
     except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
-        raise InputError(f"{where}: {adapter} does not fit the model, got {reason} Use its own base model.") from error
-    return continued
+        raise InputError(f"{where}: {folder} does not fit the model, got {_reason(error)} Use its own base.") from error
+    return loaded
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(" ".join(str(error).splitlines()[:2]).split())
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -196,21 +199,8 @@ def upcast_trainable(model: nn.Module) -> None:
             parameter.data = parameter.data.float() if real else without_storage(parameter, torch.float32)
 
 
-def copies_modules(tuning: Tuning) -> bool:
-    """Whether peft will copy whole layers of the model, for an adapter that brings trained copies of its own."""
-    if not isinstance(tuning, LoRA) or tuning.adapter is None:
-        return False
-    path = Path(tuning.adapter) / "adapter_config.json"
-    return path.is_file() and bool(json.loads(path.read_text()).get("modules_to_save"))
-
-
-def _check_targets(model: nn.Module, target: list[str]) -> None:
-    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-    for want in target:
-        if not any(name == want or name.endswith(f".{want}") for name in names):
-            near = difflib.get_close_matches(want, leaves, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Choose among {', '.join(leaves)}."
-            raise InputError(
-                f"model.init_args.tuning.init_args.target: must name linear layers of the model, got {want}. {hint}"
-            )
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and output layer are one weight."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight

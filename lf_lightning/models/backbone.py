@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lf_lightning.models import attention
+from lf_lightning.models.quantization import size_of
 from lf_lightning.models.tensor_parallel import local_weight
 from lf_lightning.types import InputError, Kernel, Layout, OutputLayer, TokenBatch
 
@@ -34,6 +36,10 @@ class Backbone(nn.Module):
         self.model = model
         self.parts: Parts = {}
         """This rank's rows of parameters that have no storage yet; `shard` puts them in."""
+        self.start: dict[str, Tensor] = {}
+        """What an adapter began with that took it out of the weights, by names in its file; on the CPU, whole."""
+        self.is_merged = False
+        """Whether adapters were merged into the weights."""
         self.value_head: ValueHead | None = None
         """What turns hidden states into scores; only the backbone of a reward model has one."""
         self._padded_kernel: str = self.causal_lm.config._attn_implementation or "eager"
@@ -97,7 +103,10 @@ class Backbone(nn.Module):
             elif any(document.branches for document in batch.documents):
                 raise ValueError("only the attention of the padding-free layout keeps branches of a document apart")
         hidden: Tensor = self._decoder(**arguments).last_hidden_state
-        return kernel(hidden, self.output_layer, batch.targets)
+        output_layer = self.output_layer
+        if output_layer.weight.dtype == torch.float32:  # a trained output layer on a half-precision model
+            hidden = hidden.float()
+        return kernel(hidden, output_layer, batch.targets)
 
     @property
     def is_padding_free(self) -> bool:
@@ -132,7 +141,7 @@ class Backbone(nn.Module):
 
     def num_parameters(self) -> tuple[int, int]:
         """Trainable and all parameters."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        sizes = [(size_of(parameter), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 

@@ -22,7 +22,7 @@ def without_dropout(model: nn.Module, *, adapters: bool = False) -> None:
     from transformers import PreTrainedModel
 
     for name, module in model.named_modules():
-        if "lora_dropout" in name.split(".") and not adapters:
+        if {"lora_dropout", "oft_dropout"} & {*name.split(".")} and not adapters:
             continue
         if isinstance(module, LAYERS):
             module.p = 0.0

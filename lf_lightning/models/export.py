@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.parts import read_parts
+from lf_lightning.models.pissa import trained_part
 from lf_lightning.models.sharding import cut_again
 from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import SCORE, load_value_head
@@ -43,8 +45,18 @@ def save_weights(backbone: Backbone, folder: Path, *, base: str | None, writes: 
         model.peft_config[TRAINED].base_model_name_or_path = base
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False, selected_adapters=[TRAINED])
         (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty model card
+        _sort_config(folder / "adapter_config.json")
     else:
         model.save_pretrained(folder, state_dict=state)
+
+
+def _sort_config(path: Path) -> None:
+    """Give the names in an adapter's configuration an order: peft writes sets, each process in its own."""
+    values = json.loads(path.read_text())
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
+        if isinstance(values.get(name), list):
+            values[name] = sorted(values[name])
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _gathered(backbone: Backbone, *, keeps: bool) -> dict[str, Tensor] | None:
@@ -178,12 +190,15 @@ def _load_adapter(backbone: Backbone, folder: Path) -> None:
         tensors = load_file(path)
         if backbone.value_head is not None:
             tensors.pop(SCORE[1], None)
+        if backbone.start:
+            tensors = trained_part(backbone, path, tensors)
         tensors = _cut_for(backbone, tensors)
         result: Any = set_peft_model_state_dict(backbone.model, tensors)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise InputError(f"{path}: does not fit this model's adapter: {reason} Use the run's own tuning.") from error
-    missing = [key for key in result.missing_keys if "lora_" in key and TRAINED in key.split(".")]
+    trained = {name for name, parameter in backbone.model.named_parameters() if parameter.requires_grad}
+    missing = sorted(trained & set(result.missing_keys))
     if missing or result.unexpected_keys:
         culprit = (missing or result.unexpected_keys)[0]
         raise InputError(f"{path}: does not fit this model's adapter, first at {culprit}. Use the run's own tuning.")

@@ -12,9 +12,13 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lf_lightning.models.adapters import Tuning, copies_modules, upcast_trainable
+from lf_lightning.models.adapters import Adapter, Full, Tuning, merge_adapters, upcast_trainable
 from lf_lightning.models.backbone import Backbone, embedding_rows
+from lf_lightning.models.casts import cast_around_copies
+from lf_lightning.models.new_tokens import NewRows, add_rows, vocabulary_modules
 from lf_lightning.models.parts import read_parts, take_parts
+from lf_lightning.models.pissa import start_of
+from lf_lightning.models.quantization import check_folder, check_quantized, loader_options
 from lf_lightning.models.tensor_files import refuse_pickles
 from lf_lightning.types import BackboneSpec, InputError, torch_dtype
 
@@ -34,6 +38,7 @@ def load_backbone(
     mesh: DeviceMesh | None = None,
     trains: bool = True,
     keeps_bfloat16: bool = False,
+    new_rows: NewRows | None = None,
 ) -> Backbone:
     """Load or build the model, apply the tuning, and leave it in train mode.
 
@@ -46,24 +51,40 @@ def load_backbone(
         mesh: Ranks that will share the model, one dimension: each reads its rows of the files, which `shard` puts in.
         trains: Otherwise everything is frozen, and stays in the type of the spec.
         keeps_bfloat16: Whether what trains keeps the type of the spec too: the optimizer knows how to step it.
+        new_rows: Words of the tokenizer that are new to the model.
 
     Raises:
         InputError: The folder cannot be read, or model and tokenizer or tuning do not fit.
     """
+    check_quantized(spec, tuning, trains=trains)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(spec, vocab_size, device, None if copies_modules(tuning) else mesh)
+        needs_whole = tuning.needs_whole_weights or bool(new_rows or spec.merge_adapters)
+        config = read_config(spec, vocab_size)
+        check_folder(spec, tuning, config, trains=trains, is_cut=mesh is not None)
+        model = _build(spec, config, device, None if needs_whole else mesh)
+        if new_rows:
+            add_rows(model, vocab_size, new_rows, noise=spec.new_token_noise)
         _check_vocabulary(model, vocab_size)
+        model = merge_adapters(model, spec.merge_adapters)
         parts = take_parts(model) if any(isinstance(each, DTensor) for each in model.parameters()) else {}
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        tuned = tuning.apply(model)
+        if trains or not isinstance(tuning, Full):  # weights in few bits cannot even be asked to train
+            tuned = tuning.apply(model, vocabulary=vocabulary_modules(model) if new_rows else ())
+        else:
+            tuned = model
     if not trains:
         tuned.requires_grad_(False)
+    half = next(model.parameters()).dtype
     if not keeps_bfloat16:
         upcast_trainable(tuned)
+        if half in (torch.bfloat16, torch.float16):
+            cast_around_copies(tuned, half)
     backbone = Backbone(tuned)
-    backbone.parts = parts
+    backbone.parts, backbone.is_merged = parts, bool(spec.merge_adapters)
+    if isinstance(tuning, Adapter) and tuning.shifts_base and tuning.adapter is None:
+        backbone.start = start_of(tuned)
     if spec.path is None and backbone.is_adapter:
         raise InputError(
             f"{WHERE}: an adapter needs a base that others can load, got a model from architecture. "
@@ -73,11 +94,10 @@ def load_backbone(
 
 
 def _build(
-    spec: BackboneSpec, vocab_size: int, device: torch.device | None, mesh: DeviceMesh | None
+    spec: BackboneSpec, config: PretrainedConfig, device: torch.device | None, mesh: DeviceMesh | None
 ) -> PreTrainedModel:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    config = read_config(spec, vocab_size)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not spec.trust_remote_code:
         raise InputError(f"{WHERE}: must be a causal language model, got {config.model_type}. Choose another model.")
     attention = None if spec.attention == "auto" else spec.attention
@@ -94,12 +114,23 @@ def _build(
                 "trust_remote_code": spec.trust_remote_code,
                 "revision": spec.revision,
                 "ignore_mismatched_sizes": True,  # _check_complete refuses them, by name
+                **loader_options(
+                    spec.quantization,
+                    double=spec.double_quantization,
+                    dtype=spec.dtype,
+                    config=config,
+                    device=device,
+                ),
             }
             model, report = _read(spec.path, config, mesh, options)
             _check_complete(spec.path, report)
     except InputError:
         raise
-    except (OSError, ImportError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
+    except ImportError as error:
+        raise InputError(
+            f"{WHERE}: the model needs a package that is missing, got {_first_line(error)} Install it."
+        ) from error
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise InputError(
             f"{WHERE}: the model cannot be loaded, got {_first_line(error)} Check path and attention."
         ) from error

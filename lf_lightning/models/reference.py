@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lf_lightning.models.adapters import Full, LoRA, Tuning
+from lf_lightning.models.adapters import Adapter, Full, Tuning
 from lf_lightning.models.loading import load_backbone
+from lf_lightning.models.lora import LoRA
+from lf_lightning.models.new_tokens import NewRows
 from lf_lightning.shards import whole_tensor
-from lf_lightning.types import BackboneSpec, InputError, Kernel, TokenBatch
+from lf_lightning.types import BackboneSpec, InputError, Kernel, Quantization, TokenBatch
 
 if TYPE_CHECKING:
     from lf_lightning.models.backbone import Backbone
@@ -41,6 +43,8 @@ class ReferenceSpec:
         path: Folder or hub name of another model, which must read the same tokens; code that comes with it is not run.
         adapter: Folder of an adapter on top of that model.
         dtype: Type of a separate reference's weights (`copy`, `model`); empty means as the policy's.
+        quantization: Hold a separate reference in few bits, as the backbone's option of that name; empty means as the
+            policy's for `copy`, and not for `model`.
         precompute: Compute the reference's log-probs once before training, and keep them on disk.
     """
 
@@ -48,6 +52,7 @@ class ReferenceSpec:
     path: str | None = None
     adapter: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    quantization: Quantization | None = None
     precompute: bool = False
 
     def __post_init__(self) -> None:
@@ -64,8 +69,8 @@ class ReferenceSpec:
             raise InputError(
                 f"{WHERE}.adapter: lies on top of the model at path, got no path. Give path, or remove adapter."
             )
-        if self.dtype is not None and self.kind in ("adapters_off", "snapshot"):
-            _refuse_dtype(self.kind, self.dtype)
+        if self.kind in ("adapters_off", "snapshot"):
+            _refuse_own_types(self, self.kind)
 
 
 def resolved_kind(spec: ReferenceSpec, tuning: Tuning) -> Kind:
@@ -74,27 +79,33 @@ def resolved_kind(spec: ReferenceSpec, tuning: Tuning) -> Kind:
     Raises:
         InputError: The kind needs an adapter and the tuning has none, or `dtype` belongs to no separate reference.
     """
-    if spec.kind in ("adapters_off", "snapshot") and not isinstance(tuning, LoRA):
+    if spec.kind in ("adapters_off", "snapshot") and not isinstance(tuning, Adapter):
         raise InputError(
             f"{WHERE}.kind: {spec.kind} needs a tuning with an adapter, got {type(tuning).__name__}. Use kind: copy."
+        )
+    if spec.kind == "adapters_off" and isinstance(tuning, Adapter) and tuning.shifts_base and tuning.adapter is None:
+        raise InputError(
+            f"{WHERE}.kind: adapters_off would leave weights without what the PiSSA adapter began with, got it beside "
+            "a tuning with init: pissa. Use kind: snapshot, or kind: copy."
         )
     if spec.kind != "auto":
         return spec.kind
     if spec.path is not None:
         return "model"
-    if not isinstance(tuning, LoRA):
+    if not isinstance(tuning, Adapter):
         return "copy"
-    kind: Kind = "adapters_off" if tuning.adapter is None else "snapshot"
-    if spec.dtype is not None:
-        _refuse_dtype(kind, spec.dtype)
+    kind: Kind = "snapshot" if tuning.adapter is not None or tuning.shifts_base else "adapters_off"
+    _refuse_own_types(spec, kind)
     return kind
 
 
-def _refuse_dtype(kind: str, dtype: str) -> None:
-    raise InputError(
-        f"{WHERE}.dtype: belongs to a reference with weights of its own, got {dtype} with kind: {kind}, which runs the "
-        "policy's. Remove dtype, or set kind: copy."
-    )
+def _refuse_own_types(spec: ReferenceSpec, kind: str) -> None:
+    for name, value in (("dtype", spec.dtype), ("quantization", spec.quantization)):
+        if value is not None:
+            raise InputError(
+                f"{WHERE}.{name}: belongs to a reference with weights of its own, got {value} with kind: {kind}, which "
+                f"runs the policy's. Remove {name}, or set kind: copy."
+            )
 
 
 class Reference:
@@ -171,8 +182,8 @@ class Reference:
         copied = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
         idle = ".modules_to_save." if not self._with_adapters else ".original_module."
         for name, tensor in model.state_dict().items():
-            is_adapter = ".lora_" in name and not self._with_adapters
-            if not is_adapter and not (name.startswith(copied) and idle in name):
+            is_adapter = ".lora_" in name or ".oft_R." in name
+            if not (is_adapter and not self._with_adapters) and not (name.startswith(copied) and idle in name):
                 plain = name.replace(".base_layer", "").replace(".original_module", "")
                 plain = plain.replace(".modules_to_save.default", "")
                 yield plain, self._snapshot.get(f"{prefix}.{name}".removeprefix("."), tensor)
@@ -219,7 +230,9 @@ def load_reference(
     *,
     vocab_size: int,
     seed: int,
+    device: torch.device | None = None,
     mesh: DeviceMesh | None = None,
+    new_rows: NewRows | None = None,
 ) -> Reference:
     """Make the reference that a spec asks for, before the policy trains or is sharded.
 
@@ -230,7 +243,9 @@ def load_reference(
         tuning: How the policy is tuned.
         vocab_size: Words of the tokenizer.
         seed: As the policy was loaded with.
+        device: Where weights of the reference's own are quantized, as `load_backbone` takes it.
         mesh: Ranks that will share a model of the reference's own, as `load_backbone` takes it.
+        new_rows: Words that are new to the policy. Another model at `path` must know them.
 
     Raises:
         InputError: The kind does not fit the tuning, or the reference model cannot be loaded.
@@ -245,23 +260,31 @@ def load_reference(
             if parameter.requires_grad
         }
         return Reference(policy, is_separate=False, snapshot=trained)
-    own = _load_own(spec, kind, backbone_spec, tuning, vocab_size=vocab_size, seed=seed, mesh=mesh)
+    rows = new_rows if kind == "copy" else None
+    options: dict[str, Any] = {"vocab_size": vocab_size, "seed": seed, "device": device, "mesh": mesh, "new_rows": rows}
+    own = _load_own(spec, kind, backbone_spec, tuning, **options)
     own.requires_grad_(False)
     return Reference(own.eval(), is_separate=True)
 
 
 def _load_own(spec: ReferenceSpec, kind: Kind, backbone_spec: BackboneSpec, tuning: Tuning, **options: Any) -> Backbone:
     """A model beside the policy, in the policy's types or in those of the spec."""
-    upcasts = spec.dtype is None and not isinstance(tuning, LoRA)  # as a policy does whose own weights train
+    own_types = spec.dtype is not None or spec.quantization is not None
+    upcasts = not own_types and not isinstance(tuning, Adapter)  # as a policy does whose own weights train
+    if isinstance(tuning, Adapter) and tuning.adapter is None:  # a new one changes nothing
+        tuning = Full()
     backbone_spec = replace(backbone_spec, gradient_checkpointing=False)
     if spec.dtype is not None:
         backbone_spec = replace(backbone_spec, dtype=spec.dtype)
-        tuning = tuning if isinstance(tuning, LoRA) else Full()  # Freeze casts between types, which are all one here
+    if spec.quantization is not None or kind == "model":
+        backbone_spec = replace(backbone_spec, quantization=spec.quantization, double_quantization=True)
+    if own_types:
+        tuning = tuning if isinstance(tuning, Adapter) else Full()  # Freeze casts between types, which are all one here
     if kind == "model":
         # its author is not the policy's, and the policy's options say nothing of it
         backbone_spec = replace(backbone_spec, path=spec.path, architecture=None, revision=None)
-        backbone_spec = replace(backbone_spec, trust_remote_code=False)
-        tuning = LoRA(adapter=spec.adapter) if spec.adapter else Full() if isinstance(tuning, LoRA) else tuning
+        backbone_spec = replace(backbone_spec, trust_remote_code=False, merge_adapters=())
+        tuning = LoRA(adapter=spec.adapter) if spec.adapter else Full() if isinstance(tuning, Adapter) else tuning
     try:
         return load_backbone(backbone_spec, tuning, trains=upcasts, **options)
     except InputError as error:

@@ -64,6 +64,11 @@ class RewardAdapter(Reward):
         folder, policy = Path(self.path).expanduser(), setting.policy
         if not policy.is_adapter:
             raise InputError(f"{_ADAPTER}: needs a policy tuned with LoRA, got another tuning. Use RewardModel.")
+        if setting.policy.start or setting.policy.is_merged:
+            raise InputError(
+                f"{_ADAPTER}: runs on the original weights, got a policy whose own have changed before training. "
+                "Use RewardModel."
+            )
         refuse_pickles(folder, f"{_ADAPTER}.path")
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (folder / name).is_file():

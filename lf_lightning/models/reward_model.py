@@ -13,14 +13,25 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lf_lightning.console import say
-from lf_lightning.models.adapters import Full, LoRA, Tuning
+from lf_lightning.models.adapters import Full, Tuning
 from lf_lightning.models.backbone import Backbone, embedding_rows
 from lf_lightning.models.loading import load_backbone
+from lf_lightning.models.lora import LoRA
+from lf_lightning.models.quantization import loader_options
 from lf_lightning.models.rewards import WHERE, Reward, RewardBatch, RewardSetting, check_weight
 from lf_lightning.models.tensor_files import refuse_pickles
 from lf_lightning.models.value_head import ValueHead, last_counted, load_value_head
 from lf_lightning.models.value_head_files import find_value_head
-from lf_lightning.types import IGNORE, BackboneSpec, InputError, OutputLayer, TokenBatch, TrainingStopped, torch_dtype
+from lf_lightning.types import (
+    IGNORE,
+    BackboneSpec,
+    InputError,
+    OutputLayer,
+    Quantization,
+    TokenBatch,
+    TrainingStopped,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -51,6 +62,7 @@ class RewardModel(Reward):
         base: Folder or hub name of the model under an adapter; empty means what adapter_config.json says.
         dtype: Type in which it computes, whatever the trainer's precision is; `auto` is the type in the folder. The
             head is float32 at least.
+        quantization: Hold its linear layers in few bits, as the backbone's option of that name.
         batch_size: Responses that are scored together, > 0.
         weight: Its part in the sum of all rewards.
     """
@@ -58,6 +70,7 @@ class RewardModel(Reward):
     path: str
     base: str | None = None
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     batch_size: int = 8
     weight: float = 1.0
     _scorer: Scorer | None = field(init=False, repr=False, default=None)
@@ -122,7 +135,7 @@ class RewardModel(Reward):
         if self.base is not None:
             raise InputError(f"{_MODEL}.base: belongs to an adapter, got {self.path}, which is none. Remove base.")
         if _is_classifier(self.path):
-            return _classifier(self.path, self.dtype, device)
+            return _classifier(self.path, self.dtype, self.quantization, device)
         return self._with_head(self.path, Full(), words, device)
 
     def _with_head(self, base: str, tuning: Tuning, words: int, device: torch.device) -> Scorer:
@@ -134,10 +147,12 @@ class RewardModel(Reward):
                 f"classification, got {self.path}, which holds neither. Give a reward model's folder."
             )
         spec = BackboneSpec(
-            path=str(Path(base).expanduser()) if Path(base).expanduser().exists() else base, dtype=self.dtype
+            path=str(Path(base).expanduser()) if Path(base).expanduser().exists() else base,
+            dtype=self.dtype,
+            quantization=self.quantization,
         )
         try:
-            backbone = load_backbone(spec, tuning, vocab_size=0, seed=0, trains=False).eval()
+            backbone = load_backbone(spec, tuning, vocab_size=0, seed=0, trains=False, device=_on_gpu(device)).eval()
         except InputError as error:
             message = str(error).replace("model.init_args.tuning.init_args.adapter", f"{_MODEL}.path")
             raise InputError(message.replace("model.init_args.backbone", _MODEL)) from error
@@ -214,15 +229,24 @@ def _is_classifier(path: str) -> bool:
     return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
-def _classifier(path: str, dtype: Dtype, device: torch.device) -> Scorer:
-    from transformers import AutoModelForSequenceClassification
+def _on_gpu(device: torch.device) -> torch.device | None:
+    """Where weights are quantized; None for the CPU."""
+    return device if device.type == "cuda" else None
+
+
+def _classifier(path: str, dtype: Dtype, quantization: Quantization | None, device: torch.device) -> Scorer:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
+        place = Path(path).expanduser() if Path(path).expanduser().exists() else path
+        config = AutoConfig.from_pretrained(place)
+        bits = loader_options(quantization, double=True, dtype=dtype, config=config, device=_on_gpu(device))
         answer: Any = AutoModelForSequenceClassification.from_pretrained(
-            Path(path).expanduser() if Path(path).expanduser().exists() else path,
+            place,
             dtype="auto" if dtype == "auto" else torch_dtype(dtype),
             output_loading_info=True,
             use_safetensors=True,
+            **bits,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.export import TRAINABLE, TRAINED, tied_names
+from lf_lightning.models.pissa import TRAINABLE_ADAPTER, WEIGHTS, converted_shape
 from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import WEIGHT, read_head
 from lf_lightning.types import InputError, TrainingStopped
@@ -40,10 +41,10 @@ def check_saved(backbone: Backbone, folder: Path) -> None:
 def _expected(backbone: Backbone, folder: Path) -> Iterator[tuple[str, torch.Size, Path]]:
     """The trained parameters of the language model: name in the folder, shape, and the file that must hold it."""
     files = tensor_files(folder)
-    own = folder / "trainer_state" / TRAINABLE
+    is_adapter = backbone.is_adapter
+    own = folder / "trainer_state" / (f"{TRAINABLE_ADAPTER}/{WEIGHTS}" if is_adapter else TRAINABLE)
     if own.is_file():
         files |= dict.fromkeys(names_in(own), own)
-    is_adapter = backbone.is_adapter
     aliases = {} if is_adapter else tied_names(backbone)
     trained = backbone.model if is_adapter else backbone.causal_lm
     for name, parameter in trained.named_parameters():
@@ -52,7 +53,8 @@ def _expected(backbone: Backbone, folder: Path) -> Iterator[tuple[str, torch.Siz
         known = name_in_adapter(name) if is_adapter else name
         stored = next((each for each in (known, *sorted(aliases.get(name, ()))) if each in files), None)
         if stored is not None:
-            yield stored, parameter.shape, files[stored]
+            is_converted = stored in backbone.start and files[stored] != own
+            yield stored, converted_shape(stored, parameter.shape) if is_converted else parameter.shape, files[stored]
         elif is_adapter or (folder / "trainer_state").is_dir():
             raise TrainingStopped(f"a folder without the trained parameter {known}")
         # else a final folder of a family that is saved in another arrangement than it is trained in
@@ -60,6 +62,8 @@ def _expected(backbone: Backbone, folder: Path) -> Iterator[tuple[str, torch.Siz
 
 def name_in_adapter(name: str) -> str:
     """What peft calls a parameter of the trained adapter in a file."""
+    if ".lora_magnitude_vector." in name:  # of DoRA
+        name = name.removesuffix(".weight")
     left_out = (TRAINED, "modules_to_save")
     return ".".join(part for part in name.split(".") if part not in left_out)
 

@@ -32,6 +32,11 @@ def check_has_classifier(backbone: Backbone) -> None:
         InputError: It has none, or one of another form.
     """
     causal_lm = backbone.causal_lm
+    if backbone.is_adapter and any("modules_to_save" in name for name, _ in causal_lm.named_parameters()):
+        raise InputError(
+            f"{SAVE_AS}: sequence_classification cannot hold modules that train whole beside an adapter, such as the "
+            "embedding of new tokens, got some. Set save_as: value_head."
+        )
     config = causal_lm.config
     kind = _classifier(config)
     if kind is None:

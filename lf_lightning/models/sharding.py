@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lf_lightning.models.adapters import decoder_blocks
+from lf_lightning.models.adapters import decoder_blocks, is_tied
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.parts import put_parts
 from lf_lightning.models.tensor_parallel import split
@@ -23,9 +23,9 @@ from lf_lightning.types import IGNORE, Document, InputError, TokenBatch
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     """Shard every block, and the rest with the root, over the ranks of a mesh that do not share layers.
 
-    Adapters and a value head form groups of their own, since a group holds one dtype. The kernel runs inside the
-    root's forward, where the output layer is whole. A model that was read in parts gets its rows. Where a mesh has
-    replicas, gradients are added up over these too.
+    What trains beside frozen weights, and a value head, form groups of their own, since a group holds one dtype. The
+    kernel runs inside the root's forward, where the output layer is whole. A model that was read in parts gets its
+    rows. Where a mesh has replicas, gradients are added up over these too.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -41,17 +41,75 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     }
     replace_parameters(backbone, meta)
     backbone.parts = {}
-    for block in decoder_blocks(backbone.causal_lm):
-        adapters: list[nn.Module] = [
-            module for name, module in block.named_modules() if isinstance(module, nn.Linear) and "lora_" in name
-        ]
-        if adapters:
-            fully_shard(adapters, mesh=ranks)
+    _check_adapters(backbone)
+    blocks = decoder_blocks(backbone.causal_lm)
+    for block in blocks:
+        trained = _trained_parts(block)
+        if trained:
+            fully_shard(trained, mesh=ranks)
         fully_shard(block, mesh=ranks)
     if backbone.value_head is not None:
         fully_shard(backbone.value_head, mesh=ranks)
+    for part in _parts_of_another_type(backbone, blocks):
+        fully_shard(part, mesh=ranks)
     fully_shard(backbone, mesh=ranks)
     put_parts(backbone, parts)
+
+
+def _trained_parts(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block that train, where others do not: adapters, or a part of its own weights."""
+    if all(parameter.requires_grad for parameter in block.parameters()):
+        return []
+    return [
+        module
+        for module in block.modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+
+
+def _parts_of_another_type(backbone: Backbone, blocks: nn.ModuleList) -> list[nn.Module]:
+    """The modules outside of all blocks that are float32 in a half-precision model.
+
+    Raises:
+        InputError: The output layer is one of them, which the kernel reads outside of its own forward.
+    """
+    taken = {id(module) for module in blocks.modules()}
+    taken |= {id(module) for module in backbone.value_head.modules()} if backbone.value_head is not None else set()
+    rest = [module for module in backbone.modules() if id(module) not in taken]
+    own = [(module, [*module.parameters(recurse=False)]) for module in rest]
+    types = {parameter.dtype for _, parameters in own for parameter in parameters}
+    if len(types) < 2:
+        return []
+    parts = [module for module, parameters in own if any(each.requires_grad for each in parameters)]
+    head = backbone.output_layer.weight
+    if any(parameter is head for part in parts for parameter in part.parameters(recurse=False)):
+        raise InputError(
+            "trainer.strategy: fsdp2 needs an output layer of the type of the model around it, got a trained one in "
+            "float32. Set model.init_args.backbone.dtype: float32, or do not train it."
+        )
+    return parts
+
+
+def _check_adapters(backbone: Backbone) -> None:
+    """Refuse what peft reads outside of its own forward: adapters on tensors of fused experts, and tied copies.
+
+    Raises:
+        InputError: As said.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils import ModulesToSaveWrapper
+
+    head = backbone.causal_lm.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and is_tied(backbone.causal_lm):
+        raise InputError(
+            "trainer.strategy: fsdp2 cannot cut a trained copy of embedding and output layer that are tied, got one. "
+            "Use ddp, or Full tuning."
+        )
+    if any(isinstance(module, ParamWrapper) for module in backbone.modules()):
+        raise InputError(
+            "trainer.strategy: fsdp2 cannot cut an adapter on fused experts, got one. Use ddp, or name the layers "
+            "without experts in model.init_args.tuning.init_args.target."
+        )
 
 
 def cut_again(backbone: Backbone) -> None:

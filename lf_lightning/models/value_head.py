@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from lf_lightning.models.adapters import LoRA, Tuning
+from lf_lightning.models.adapters import Adapter, Tuning, is_tied
 from lf_lightning.models.sequence_classification import check_has_classifier, export_sequence_classification
 from lf_lightning.models.value_head_files import find_value_head, load_value_head, save_value_head
 from lf_lightning.types import InputError, Kernel, OutputLayer
@@ -121,10 +121,16 @@ def add_value_head(
         InputError: The tuning adapts the output layer, the head to load is missing or does not fit, or the family has
             no model for sequence classification and `save_as` asks for one.
     """
+    from peft.utils import ModulesToSaveWrapper
+
     causal_lm = backbone.causal_lm
     output_layer = causal_lm.get_output_embeddings()
     if keeps_output_layer:
         hidden_size = backbone.output_layer.weight.shape[1]
+    elif isinstance(output_layer, ModulesToSaveWrapper):  # of new tokens
+        hidden_size = output_layer.original_module.in_features
+        if not is_tied(causal_lm):
+            output_layer.requires_grad_(False)
     elif not isinstance(output_layer, nn.Linear):
         raise InputError(
             "model.init_args.tuning.init_args.target: must leave out the output layer, which a reward model does not "
@@ -143,7 +149,7 @@ def add_value_head(
     backbone.value_head = head.train(backbone.training)
     if spec.init == "new":
         return False
-    names = [tuning.adapter] if isinstance(tuning, LoRA) and tuning.adapter else []
+    names = [tuning.adapter] if isinstance(tuning, Adapter) and tuning.adapter else []
     names += [path] if path else []
     folder = next(
         filter(None, (find_value_head(name, revision=revision if name == path else None) for name in names)), None

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from lf_lightning.console import say
 from lf_lightning.models import Backbone, Full, load_backbone
 from lf_lightning.models.export import load_weights
+from lf_lightning.models.new_tokens import NewRows
 from lf_lightning.models.probe import check_output_layer
 from lf_lightning.models.sharding import check_sharded, cut_again, shard
 from lf_lightning.shards import reading_dim
 from lf_lightning.stages.fsdp2 import FSDP2Strategy
+from lf_lightning.types import InputError, Quantization
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -34,6 +38,28 @@ def check_gradients_meet(stage: Stage) -> None:
         check_sharded(stage.backbone)
 
 
+def new_rows_of(stage: Stage) -> NewRows:
+    """Words that the data's tokenizer has and the model does not know yet.
+
+    Raises:
+        InputError: There is no DataModule, which alone knows their ids.
+    """
+    if stage.data is not None:
+        return stage.data.new_rows  # type: ignore[no-any-return]  # no stage imports the DataModule
+    if stage.backbone_spec.added_tokens:
+        raise InputError(
+            "model.init_args.backbone.new_tokens: need a DataModule, whose tokenizer learns them, got loaders. "
+            "Pass datamodule=DataModule(...)."
+        )
+    return {}
+
+
+def place_of(stage: Stage, quantization: Quantization | None) -> torch.device | None:
+    """Where a model is built: on its GPU where weights are quantized while they are read, else on the CPU (None)."""
+    device = stage.trainer.strategy.root_device
+    return device if quantization is not None and device.type == "cuda" else None
+
+
 def build_backbone(stage: Stage) -> Backbone:
     """Load the model, extend and check it, shard it where the strategy asks for it, and leave it in train mode.
 
@@ -51,6 +77,8 @@ def build_backbone(stage: Stage) -> Backbone:
         seed=stage.seed,
         mesh=reading,
         keeps_bfloat16=stage.optimizer_spec.keeps_bfloat16 and isinstance(stage.tuning, Full),
+        device=place_of(stage, stage.backbone_spec.quantization),
+        new_rows=new_rows_of(stage),
     )
     if data is not None:
         backbone.causal_lm.generation_config.eos_token_id = data.stop_token_ids

@@ -13,7 +13,8 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
-from lf_lightning.models.adapters import Freeze, Full
+from lf_lightning.models.adapters import Full
+from lf_lightning.models.freeze import Freeze
 from lf_lightning.models.loading import read_config
 from lf_lightning.models.tensor_parallel import check_plan
 from lf_lightning.stages.fsdp2 import FSDP2Strategy

@@ -12,7 +12,7 @@ from lf_lightning.models import Backbone, Reference, ReferenceSpec, Tuning, load
 from lf_lightning.models.reference import resolved_kind
 from lf_lightning.models.sharding import shard
 from lf_lightning.shards import reading_dim
-from lf_lightning.stages.building import sharing_mesh
+from lf_lightning.stages.building import new_rows_of, place_of, sharing_mesh
 
 if TYPE_CHECKING:
     from lf_lightning.stages.base import Stage
@@ -58,7 +58,9 @@ class HeldReference:
             stage.tuning,
             vocab_size=vocab_size,
             seed=stage.seed,
+            device=place_of(stage, spec.quantization or stage.backbone_spec.quantization),
             mesh=reading_dim(mesh) if mesh is not None else None,
+            new_rows=new_rows_of(stage),
         )
 
 

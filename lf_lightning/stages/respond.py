@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lf_lightning.callbacks.predictions import from_all_ranks
+from lf_lightning.callbacks.predictions import Sample, from_all_ranks
 from lf_lightning.models import SamplingSpec
 from lf_lightning.models.rewards import Reward, RewardBatch, combined_scores
 from lf_lightning.models.sharding import whole
-from lf_lightning.types import InputError, PromptBatch, Response, Sample, TrainingStopped
+from lf_lightning.types import InputError, PromptBatch, Response, TrainingStopped
 
 if TYPE_CHECKING:
     from lf_lightning.stages.rollout import RolloutStage

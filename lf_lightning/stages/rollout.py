@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lf_lightning.callbacks.predictions import from_all_ranks, gather_predictions
+from lf_lightning.callbacks.predictions import Sample, from_all_ranks, gather_predictions
 from lf_lightning.callbacks.run_log import log_is_due
 from lf_lightning.console import say
 from lf_lightning.losses.log_probs import sequence_sums
@@ -30,7 +30,6 @@ from lf_lightning.types import (
     PromptBatch,
     Response,
     RolloutBatch,
-    Sample,
     StepBatch,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lf_lightning.models import LoRA, ReferenceSpec, SamplingSpec, Tuning
+from lf_lightning.models import Adapter, LoRA, ReferenceSpec, SamplingSpec, Tuning
 from lf_lightning.models.rewards import Reward
 from lf_lightning.types import InputError
 
@@ -38,10 +38,15 @@ def check_rollouts(
             f"{WHERE}.reference.precompute: must be false for rollouts, whose responses do not exist before training, "
             "got true. Remove it."
         )
-    if isinstance(tuning, LoRA) and tuning.dropout:
+    if isinstance(tuning, Adapter) and tuning.dropout:
         raise InputError(
             f"{WHERE}.tuning.init_args.dropout: must be 0 for rollouts, whose log-probs are computed without dropout, "
             f"got {tuning.dropout}. Remove it."
+        )
+    if isinstance(tuning, LoRA) and tuning.shifts_base and any(reward.needs_adapter for reward in rewards):
+        raise InputError(
+            f"{WHERE}.rewards: RewardAdapter runs on the original weights, which a policy tuned with init: "
+            f"{tuning.init} has not, got both. Use RewardModel, or init: zero."
         )
     if not isinstance(tuning, LoRA) and any(reward.needs_adapter for reward in rewards):
         raise InputError(

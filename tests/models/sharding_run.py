@@ -17,7 +17,18 @@ from torch.distributed.tensor import DTensor
 
 from lf_lightning import BackboneSpec
 from lf_lightning.losses.log_probs import token_log_probs
-from lf_lightning.models import Backbone, Full, GenerationSpec, LoRA, TransformersEngine, ValueHeadSpec, load_backbone
+from lf_lightning.models import (
+    OFT,
+    Adapter,
+    Backbone,
+    Freeze,
+    Full,
+    GenerationSpec,
+    LoRA,
+    TransformersEngine,
+    ValueHeadSpec,
+    load_backbone,
+)
 from lf_lightning.models.sharding import clip_gradients, shard
 from lf_lightning.models.value_head import add_value_head
 from lf_lightning.types import IGNORE, Document, OutputLayer, PromptBatch, TokenBatch
@@ -40,6 +51,10 @@ CASES: dict[str, dict[str, Any]] = {
     "head-lora": {"head": True, "tuning": LoRA(rank=2)},
     "free": {"layout": "padding_free"},
     "checkpointed": {"gradient_checkpointing": True},
+    "dora": {"tuning": LoRA(rank=2, dora=True)},
+    "oft": {"tuning": OFT(block_size=4)},
+    "parts": {"tuning": Freeze(num_layers=1, modules=["mlp"], extra_modules=["norm"])},
+    "whole": {"tuning": LoRA(rank=2, modules_to_save=["embed_tokens", "lm_head"])},
     "half": {"tuning": LoRA(rank=2), "dtype": "bfloat16"},
 }
 PROMPTS = ((5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (3, 3))
@@ -53,7 +68,7 @@ def build(case: dict[str, Any], folder: Path) -> Backbone:
     """The model of a case with its value head; weights of adapters are not zero."""
     tuning, dtype = case.get("tuning", Full()), case.get("dtype", "float64")
     shape = {**LLAMA, "tie_word_embeddings": case.get("tied", False)}
-    source = {"path": str(folder / "base")} if isinstance(tuning, LoRA) else {"architecture": shape}
+    source = {"path": str(folder / "base")} if isinstance(tuning, Adapter) else {"architecture": shape}
     checkpoints = case.get("gradient_checkpointing", False)
     spec = BackboneSpec(**source, tokenizer="bytes", dtype=dtype, gradient_checkpointing=checkpoints)
     backbone = load_backbone(spec, tuning, vocab_size=WORDS, seed=3)
@@ -61,7 +76,7 @@ def build(case: dict[str, Any], folder: Path) -> Backbone:
         add_value_head(backbone, ValueHeadSpec(init="new"), tuning=tuning, path=None, seed=4, keeps_output_layer=True)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in backbone.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "oft_R" in name:
             parameter.data.normal_(std=0.3, generator=generator)
     backbone.set_layout(case.get("layout", "padded"))
     return backbone

@@ -67,9 +67,11 @@ def test_freeze_trains_the_last_blocks_alone(num_layers: int, blocks: str) -> No
     assert len(names) == 9 * num_layers
 
 
-@pytest.mark.parametrize("num_layers", [0, 4, -1])
+@pytest.mark.parametrize("num_layers", [4, -4])
 def test_freeze_refuses_more_blocks_than_there_are(num_layers: int) -> None:
-    with pytest.raises(InputError, match=rf"num_layers: must be 1 to 3 for this model, got {num_layers}\."):
+    with pytest.raises(
+        InputError, match=rf"num_layers: must be 1 to 3 for this model, or its negative, got {num_layers}\."
+    ):
         backbone_of(Freeze(num_layers=num_layers))
 
 
@@ -162,7 +164,7 @@ def test_a_continued_adapter_over_a_bfloat16_base_is_float32(base: str, tmp_path
 
 def test_options_beside_an_adapter_to_continue_are_refused() -> None:
     for options in ({"rank": 4}, {"alpha": 8.0}, {"dropout": 0.1}, {"target": ["q_proj"]}):
-        with pytest.raises(InputError, match="an adapter to continue brings its own rank, alpha, dropout and target"):
+        with pytest.raises(InputError, match=f"an adapter to continue brings its own {next(iter(options))}"):
             LoRA(adapter="somewhere", **options)
 
 

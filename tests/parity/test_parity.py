@@ -10,7 +10,7 @@ from lf_lightning.__main__ import main
 from tests.cli.runs import log_rows
 from tests.conftest import ROOT
 
-FACTORS = {"pt": 256 / 255, **dict.fromkeys(("sft", "sft_lora", "rm", "dpo", "dpo_lora", "kto"), 1.0)}
+FACTORS = {"pt": 256 / 255, **dict.fromkeys(("sft", "sft_lora", "sft_freeze", "rm", "dpo", "dpo_lora", "kto"), 1.0)}
 """LlamaFactory divides loss and gradient of pt by 256 labels a block, of which 255 are predicted."""
 
 
