@@ -28,6 +28,7 @@ from lf_lightning.optim import OptimizerSpec
 from lf_lightning.refusal import check_top_keys, refusal
 from lf_lightning.stages import STAGES as STAGE_CLASSES
 from lf_lightning.stages import Stage
+from lf_lightning.stages.deepspeed import NAMES, ZeroStrategy, check_installed, check_stage
 from lf_lightning.stages.doors import check_run
 from lf_lightning.types import InputError
 
@@ -103,7 +104,8 @@ class Gate(LightningCLI):
         return built
 
     def finish(self) -> None:
-        """Give the trainer the run folder, with the text of its config.yaml."""
+        """Refuse what stage and strategy cannot do together; give the trainer the run folder and its config.yaml."""
+        check_stage(self.model, self.trainer.strategy)
         recipe = self.config.clone()
         recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
         text = self.parser.dump(recipe, skip_unset=False)
@@ -288,7 +290,8 @@ def check_combination(config: Namespace) -> None:
     """
     strategy: Any = config.trainer.strategy
     if isinstance(strategy, Namespace):
-        strategy = resolve_name(strategy.class_path)
+        kind = resolve_name(strategy.class_path)
+        strategy = NAMES[strategy.init_args.stage - 1] if issubclass(kind, ZeroStrategy) else kind
     accelerator = config.trainer.accelerator
     check_run(
         strategy=strategy if isinstance(strategy, str | type) else type(strategy),
@@ -296,6 +299,8 @@ def check_combination(config: Namespace) -> None:
         accelerator=accelerator if isinstance(accelerator, str) else "auto",
         task=task_of(config.model.class_path),
     )
+    if strategy in NAMES:
+        check_installed()
 
 
 def _state_file(asked: str | None) -> Path | None:

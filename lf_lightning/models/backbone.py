@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from lf_lightning.models import attention
+from lf_lightning.shards import whole_shape
 from lf_lightning.types import InputError, Kernel, Layout, OutputLayer, TokenBatch
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Backbone(nn.Module):
 
     def num_parameters(self) -> tuple[int, int]:
         """Trainable and all parameters."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
@@ -138,7 +139,7 @@ def embedding_rows(causal_lm: PreTrainedModel) -> int:
     """Words that a model can read."""
     weight = causal_lm.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
-    return weight.shape[0]
+    return whole_shape(weight)[0]
 
 
 def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:

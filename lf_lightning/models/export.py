@@ -16,7 +16,7 @@ from lf_lightning.models.parts import read_parts
 from lf_lightning.models.sharding import cut_again
 from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import SCORE, load_value_head
-from lf_lightning.shards import cut, fill, fill_from, rows_of, whole_tensor
+from lf_lightning.shards import cut, fill, fill_from, is_cut, rows_of, whole_tensor
 from lf_lightning.types import InputError
 
 TRAINABLE = "trainable.safetensors"
@@ -56,7 +56,7 @@ def _gathered(backbone: Backbone, *, keeps: bool) -> dict[str, Tensor] | None:
     cut_again(backbone)
     model = backbone.model
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    if not any(map(is_cut, parameters.values())):
         return None
     known: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.export import TRAINABLE, TRAINED, tied_names
 from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import WEIGHT, read_head
+from lf_lightning.shards import own_part, whole_shape
 from lf_lightning.types import InputError, TrainingStopped
 
 
@@ -52,7 +52,7 @@ def _expected(backbone: Backbone, folder: Path) -> Iterator[tuple[str, torch.Siz
         known = name_in_adapter(name) if is_adapter else name
         stored = next((each for each in (known, *sorted(aliases.get(name, ()))) if each in files), None)
         if stored is not None:
-            yield stored, parameter.shape, files[stored]
+            yield stored, whole_shape(parameter), files[stored]
         elif is_adapter or (folder / "trainer_state").is_dir():
             raise TrainingStopped(f"a folder without the trained parameter {known}")
         # else a final folder of a family that is saved in another arrangement than it is trained in
@@ -76,7 +76,7 @@ def _check(name: str, shape: torch.Size, path: Path) -> None:
 def _check_head(backbone: Backbone, folder: Path) -> None:
     assert backbone.value_head is not None
     _, tensors = read_head(folder)
-    want = backbone.value_head.summary.weight.shape
+    want = whole_shape(backbone.value_head.summary.weight)
     if WEIGHT not in tensors or tensors[WEIGHT].shape != want:
         raise TrainingStopped(f"no {WEIGHT} of shape {tuple(want)}")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -90,8 +90,6 @@ def adapter_digest(backbone: Backbone) -> str | None:
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in backbone.model.named_parameters():
         if parameter.requires_grad:
-            tensor = parameter.detach()
-            local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             digest.update(name.encode())
-            digest.update(local.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(own_part(parameter).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
