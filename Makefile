@@ -20,12 +20,14 @@ help:
 	@echo "make bench        the measurements, written to bench/results"
 	@echo "make clean        remove the environment and the caches"
 
-# torch comes first and alone: it is the one large download, and a build that is already there is kept.
+# torch comes first and alone: it is the one large download, and a build that is already there is kept. DeepSpeed comes
+# last, since its build asks torch, and compiles nothing.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: PYTHON must be 3.11 or newer, got " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[deepspeed]"
 	touch $@
 
 # One thread: for a model of this size a second one gains little, and on a busy machine they wait for each other.

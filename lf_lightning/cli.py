@@ -29,6 +29,7 @@ from lf_lightning.optim import OptimizerSpec
 from lf_lightning.refusal import check_top_keys, leaves, refusal
 from lf_lightning.stages import STAGES as STAGE_CLASSES
 from lf_lightning.stages import Stage
+from lf_lightning.stages.deepspeed import NAMES, ZeroStrategy, check_installed, check_stage
 from lf_lightning.stages.doors import check_run, check_sharing
 from lf_lightning.stages.optimizer_doors import check_fused, check_in_run
 from lf_lightning.types import InputError
@@ -106,7 +107,8 @@ class Gate(LightningCLI):
         return built
 
     def finish(self) -> None:
-        """Refuse what the optimizer cannot work with, and give the trainer the run folder with its config.yaml."""
+        """Refuse what stage, optimizer and strategy cannot do together; give the trainer the run folder."""
+        check_stage(self.model, self.trainer.strategy)
         check_in_run(self.model.optimizer_spec, self.trainer, self.datamodule)
         recipe = self.config.clone()
         recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
@@ -300,7 +302,8 @@ def check_combination(config: Namespace) -> None:
     """
     strategy: Any = config.trainer.strategy
     if isinstance(strategy, Namespace):
-        strategy = resolve_name(strategy.class_path)
+        kind = resolve_name(strategy.class_path)
+        strategy = NAMES[strategy.init_args.stage - 1] if issubclass(kind, ZeroStrategy) else kind
     accelerator = config.trainer.accelerator
     check_run(
         strategy=strategy if isinstance(strategy, str | type) else type(strategy),
@@ -308,6 +311,8 @@ def check_combination(config: Namespace) -> None:
         accelerator=accelerator if isinstance(accelerator, str) else "auto",
         task=task_of(config.model.class_path),
     )
+    if strategy in NAMES:
+        check_installed()
 
 
 def _state_file(asked: str | None) -> Path | None:

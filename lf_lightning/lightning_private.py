@@ -10,6 +10,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment  # type: igno
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer
+    from lightning.pytorch.core.optimizer import LightningOptimizer
     from lightning.pytorch.strategies import ModelParallelStrategy
 
 
@@ -83,6 +84,15 @@ def align_counts(trainer: Trainer) -> None:
     batches.ready, batches.started, batches.processed, batches.completed = step + 1, step, step, step
     for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
         epochs.ready, epochs.started, epochs.processed, epochs.completed = epoch + 1, epoch + 1, epoch, epoch
+
+
+def count_step(optimizer: LightningOptimizer) -> None:
+    """Count an optimizer step that is not made; lightning 2.6 counts only those that an optimizer makes.
+
+    DeepSpeed cannot step without a gradient.
+    """
+    optimizer._on_before_step()
+    optimizer._on_after_step()
 
 
 def share_over_all_ranks(strategy: ModelParallelStrategy, tensor_parallel: int = 1) -> None:

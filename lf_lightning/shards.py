@@ -116,6 +116,11 @@ def fill_from(parameter: Tensor, other: Tensor) -> None:
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor without gradient; of one that is cut, every rank must ask."""
+    if is_partitioned(tensor):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     found: Any = tensor.detach()
@@ -124,6 +129,29 @@ def whole_tensor(tensor: Tensor) -> Tensor:
         found = found.redistribute(placements=placements)
     local: Tensor = found.to_local()
     return local
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of a tensor only."""
+    return isinstance(tensor, DTensor) or is_partitioned(tensor)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether a parameter is cut by ZeRO-3, which leaves it without entries and keeps its own facts beside it."""
+    return "ds_tensor" in vars(tensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, without gradient: all of it, its rows, or its part of a long vector."""
+    if is_partitioned(tensor):
+        part: Tensor = vars(tensor)["ds_tensor"]
+        return part.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor as if it were not cut."""
+    return torch.Size(vars(tensor).get("ds_shape", tensor.shape))
 
 
 def without_storage(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lf_lightning.lightning_private import (
     align_counts,
+    count_step,
     global_seed,
     parser_schema,
     run_validation,
@@ -290,3 +291,22 @@ def test_a_validation_can_be_run_before_a_step_and_changes_nothing(tmp_path: Pat
     assert [value is not None for value in rows[0][:1]] == [True]
     assert rows[0][1:] == rows[1]
     assert losses(tmp_path / "with" / "run") == losses(tmp_path / "without" / "run")
+
+
+class Counts(Callback):
+    """Counts a step that no optimizer makes, in the second one."""
+
+    steps: tuple[int, int] = (0, 0)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        if trainer.global_step == 1:
+            optimizer: Any = pl_module.optimizers()
+            before = trainer.global_step
+            count_step(optimizer)
+            self.steps = before, trainer.global_step
+
+
+def test_a_step_that_is_not_made_is_counted(tmp_path: Path):
+    counts = Counts()
+    fit(tmp_path, counts, max_steps=4)
+    assert counts.steps == (1, 2)

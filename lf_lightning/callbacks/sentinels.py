@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lf_lightning.callbacks.folder import run_folder
 from lf_lightning.callbacks.run_log import QUARANTINE, log_is_due
 from lf_lightning.console import say
 from lf_lightning.optim import PartialOptimizer
+from lf_lightning.shards import own_part
 from lf_lightning.types import InputError, StepBatch
 
 NAMES_IN_A_LINE = 5
@@ -111,16 +111,14 @@ class GradientReach(Callback):
 
 def _reached(parameters: Iterable[nn.Parameter], world_size: int) -> list[bool]:
     """Whether each parameter has a gradient that is not zero everywhere, on any rank; asked of the device once."""
-    flags = [torch.zeros(()) if each.grad is None else _local(each.grad).count_nonzero().float() for each in parameters]
+    flags = [
+        torch.zeros(()) if each.grad is None else own_part(each.grad).count_nonzero().float() for each in parameters
+    ]
     device = next((flag.device for flag in flags if flag.device.type != "cpu"), torch.device("cpu"))
     whole = torch.stack([flag.to(device) for flag in flags])
     if world_size > 1:
         torch.distributed.all_reduce(whole)
     return [bool(count > 0) for count in whole.tolist()]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _named(parameters: dict[str, Any]) -> str:
@@ -175,7 +173,7 @@ class ChangedWeights(Callback):
 
     @torch.no_grad()
     def _sampled(self, stage: LightningModule) -> list[Tensor]:
-        trained = [_local(each.detach()) for each in stage.parameters() if each.requires_grad]
+        trained = [own_part(each) for each in stage.parameters() if each.requires_grad]
         return [each.reshape(-1)[: self.sample] for each in trained if each.numel()]
 
 

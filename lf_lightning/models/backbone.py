@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lf_lightning.models import attention
 from lf_lightning.models.quantization import size_of
 from lf_lightning.models.tensor_parallel import local_weight
+from lf_lightning.shards import whole_shape
 from lf_lightning.types import InputError, Kernel, Layout, OutputLayer, TokenBatch
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def embedding_rows(causal_lm: PreTrainedModel) -> int:
     """Words that a model can read."""
     weight = causal_lm.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
-    return weight.shape[0]
+    return whole_shape(weight)[0]
 
 
 def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ from lf_lightning.models.pissa import trained_part
 from lf_lightning.models.sharding import cut_again
 from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import SCORE, load_value_head
-from lf_lightning.shards import cut_as, fill, fill_from, own_box, reading_dim, whole_tensor
+from lf_lightning.shards import cut_as, fill, fill_from, is_cut, own_box, reading_dim, whole_tensor
 from lf_lightning.types import InputError
 
 TRAINABLE = "trainable.safetensors"
@@ -68,7 +68,7 @@ def _gathered(backbone: Backbone, *, keeps: bool) -> dict[str, Tensor] | None:
     cut_again(backbone)
     model = backbone.model
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    if not any(map(is_cut, parameters.values())):
         return None
     known: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lf_lightning.models.adapters import Adapter, Tuning
+from lf_lightning.shards import whole_shape
 from lf_lightning.types import BackboneSpec, InputError, Quantization, torch_dtype
 
 if TYPE_CHECKING:
@@ -134,4 +135,4 @@ def loader_options(
 def size_of(parameter: nn.Parameter) -> int:
     """Numbers that a parameter stands for: a byte of 4-bit weights stands for two."""
     state: Any = vars(parameter).get("quant_state")
-    return parameter.numel() if state is None else math.prod(state.shape)
+    return whole_shape(parameter).numel() if state is None else math.prod(state.shape)

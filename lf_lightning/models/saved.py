@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lf_lightning.models.backbone import Backbone
 from lf_lightning.models.export import TRAINABLE, TRAINED, tied_names
 from lf_lightning.models.pissa import TRAINABLE_ADAPTER, WEIGHTS, converted_shape
 from lf_lightning.models.tensor_files import names_in, tensor_files
 from lf_lightning.models.value_head_files import WEIGHT, read_head
+from lf_lightning.shards import own_part, whole_shape
 from lf_lightning.types import InputError, TrainingStopped
 
 
@@ -54,7 +54,8 @@ def _expected(backbone: Backbone, folder: Path) -> Iterator[tuple[str, torch.Siz
         stored = next((each for each in (known, *sorted(aliases.get(name, ()))) if each in files), None)
         if stored is not None:
             is_converted = stored in backbone.start and files[stored] != own
-            yield stored, converted_shape(stored, parameter.shape) if is_converted else parameter.shape, files[stored]
+            shape = whole_shape(parameter)
+            yield stored, converted_shape(stored, shape) if is_converted else shape, files[stored]
         elif is_adapter or (folder / "trainer_state").is_dir():
             raise TrainingStopped(f"a folder without the trained parameter {known}")
         # else a final folder of a family that is saved in another arrangement than it is trained in
@@ -80,7 +81,7 @@ def _check(name: str, shape: torch.Size, path: Path) -> None:
 def _check_head(backbone: Backbone, folder: Path) -> None:
     assert backbone.value_head is not None
     _, tensors = read_head(folder)
-    want = backbone.value_head.summary.weight.shape
+    want = whole_shape(backbone.value_head.summary.weight)
     if WEIGHT not in tensors or tensors[WEIGHT].shape != want:
         raise TrainingStopped(f"no {WEIGHT} of shape {tuple(want)}")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -94,8 +95,6 @@ def adapter_digest(backbone: Backbone) -> str | None:
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in backbone.model.named_parameters():
         if parameter.requires_grad:
-            tensor = parameter.detach()
-            local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             digest.update(name.encode())
-            digest.update(local.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(own_part(parameter).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -97,12 +97,27 @@ def whole_states(states: list[State], folder: Path) -> list[State]:
     """
     found = []
     for index, state in enumerate(states):
-        values = {number: dict(each) for number, each in state["state"].items()}
-        for number, shapes in state.get("cut", {}).items():
-            for name, shape in shapes.items():
-                values[number][name] = _read(folder, state, (index, number, name), box_of(shape, ()))
+        values = {number: whole_values(state, number, folder, index=index) for number in state["state"]}
         found.append({"state": values, "param_groups": state["param_groups"]})
     return found
+
+
+def whole_values(state: State, number: int, folder: Path, *, index: int = 0) -> dict[str, Any]:
+    """What a state holds of one parameter, every tensor whole.
+
+    Args:
+        state: As `save_rows` gave it, or as an optimizer of whole parameters did.
+        number: Of the parameter.
+        folder: Where `save_rows` wrote.
+        index: Of the optimizer.
+
+    Raises:
+        InputError: A file of the checkpoint is missing or broken.
+    """
+    values = dict(state["state"].get(number, {}))
+    for name, shape in state.get("cut", {}).get(number, {}).items():
+        values[name] = _read(folder, state, (index, number, name), box_of(shape, ()))
+    return values
 
 
 def load_rows(optimizers: Iterable[torch.optim.Optimizer], states: list[State], folder: Path) -> None:

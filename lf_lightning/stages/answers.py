@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lf_lightning.models import GenerationSpec, TransformersEngine
+from lf_lightning.stages.deepspeed import check_generates
 from lf_lightning.types import Answer, PromptBatch
 
 if TYPE_CHECKING:
@@ -22,7 +23,11 @@ def answers_of(
         batch: Prompts, on the stage's device.
         spec: How to choose tokens.
         seeds: With sampling, as `GenerationEngine.generate` takes them.
+
+    Raises:
+        InputError: The strategy has no whole weights to generate with.
     """
+    check_generates(stage.trainer.strategy)
     data, engine = stage.data, TransformersEngine()
     assert data is not None, "answers need the DataModule's tokenizer"
     with engine.ready(stage.backbone):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,16 +19,18 @@ from lf_lightning.models.export import load_weights, save_weights
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate, trained_parameters
 from lf_lightning.stages.answers import answers_of
 from lf_lightning.stages.building import build_backbone, check_gradients_meet
+from lf_lightning.stages.deepspeed import check_stage
 from lf_lightning.stages.doors import check_trainer, open_data
 from lf_lightning.stages.layout import settle_layout
 from lf_lightning.stages.means import SetMeans
 from lf_lightning.stages.non_finite import NonFinite, is_scaled
-from lf_lightning.stages.optimization import active_part, clipped_norm, optimizer_and_schedule
+from lf_lightning.stages.optimization import active_part, optimizer_and_schedule
 from lf_lightning.stages.optimizer_doors import check_in_run, check_specs
 from lf_lightning.stages.ranks import Ranks, seed_random_layers
 from lf_lightning.stages.resume import restore, save_unnamed_weights, state_of, use_any_optimizer_state
 from lf_lightning.stages.speed import TokenCount
 from lf_lightning.stages.step_log import log_step
+from lf_lightning.stages.stepping import clip, step_optimizer
 from lf_lightning.types import (
     Answer,
     BackboneSpec,
@@ -170,7 +171,9 @@ class Stage(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuse what would train wrong numbers, and tell the data how many prompts go together."""
         check_trainer(self.trainer, self.task)
-        if self.trainer.state.fn == "fit":
+        verb = self.trainer.state.fn or "fit"
+        check_stage(self, self.trainer.strategy, verb=verb)
+        if verb == "fit":
             check_in_run(self.optimizer_spec, self.trainer, self.data)
         if self.data is not None:
             self.data.predict_batch_size = self.generation.batch_size
@@ -219,15 +222,15 @@ class Stage(LightningModule, ABC):
         """Make one optimizer step: count, forward and backward each micro-batch, clip, step, schedule."""
         optimizer = self._optimizer
         means, num_tokens = self._with_loss(dict.fromkeys((*self.coefficients, *self.metrics), 0.0)), 0
-        if not self.is_idle:
+        has_gradient = is_kept = not self.is_idle
+        if has_gradient:
             with active_part(optimizer.optimizer):
                 means, num_tokens = self._backward(step)
             parameters = trained_parameters(optimizer.optimizer)
             self.guard.check_loss(self.trainer.global_step + 1, means, parameters, scaled=is_scaled(self.trainer))
-            if not self.keeps_step(means):
-                optimizer.zero_grad(set_to_none=True)
+            is_kept = self.keeps_step(means)
         self._loss = means["loss"]
-        optimizer.step()
+        step_optimizer(self, optimizer, means, has_gradient=has_gradient, is_kept=is_kept)
         log_step(self, means, num_tokens, learning_rate=float(optimizer.param_groups[0]["lr"]))
         schedule: Any = self.lr_schedulers()
         schedule.step()
@@ -258,12 +261,7 @@ class Stage(LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the global norm of the gradient, after 16-mixed has unscaled it."""
-        parameters = trained_parameters(optimizer)
-        self.grad_norm = clipped_norm(optimizer, self.max_grad_norm)
-        step = self.trainer.global_step + 1
-        self.guard.check_gradient(
-            step, self.grad_norm, parameters, scaled=is_scaled(self.trainer), seen=not math.isfinite(self._loss)
-        )
+        clip(self, optimizer, loss=self._loss)
 
     @property
     def ranks(self) -> Ranks:

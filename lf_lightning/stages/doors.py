@@ -17,10 +17,11 @@ from lf_lightning.models.adapters import Full
 from lf_lightning.models.freeze import Freeze
 from lf_lightning.models.loading import read_config
 from lf_lightning.models.tensor_parallel import check_plan
+from lf_lightning.stages.deepspeed import NAMES, ZeroStrategy
 from lf_lightning.stages.fsdp2 import FSDP2Strategy
 from lf_lightning.types import InputError, Task
 
-STRATEGIES = ("auto", "ddp", "fsdp2")
+STRATEGIES = ("auto", "ddp", "fsdp2", *NAMES)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 CLASSES: dict[str, type] = {
     "deepspeed": DeepSpeedStrategy,
@@ -33,7 +34,7 @@ CLASSES: dict[str, type] = {
 TOGETHER = ("pt", "sft", "dpo", "kto")
 """Tasks whose layers ranks may compute together: without rollouts and value heads."""
 REFUSED_STRATEGIES = {
-    "deepspeed": "DeepSpeed is not supported: fsdp2 shards the same things.",
+    "deepspeed": "Lightning's own DeepSpeed strategies are not supported: use deepspeed_1, deepspeed_2 or deepspeed_3.",
     "fsdp": "FSDP of the first generation is not supported: use fsdp2.",
     "model_parallel": "Use fsdp2, which is this strategy over all ranks; its options give HSDP and tensor parallelism.",
 }
@@ -80,7 +81,7 @@ def check_trainer(trainer: Trainer, task: Task) -> None:
     strategy: Any = trainer.strategy
     is_fit = trainer.state.fn == "fit"
     check_run(
-        strategy=type(strategy),
+        strategy=NAMES[strategy.zero_stage - 1] if isinstance(strategy, ZeroStrategy) else type(strategy),
         precision=trainer.precision,
         accelerator="cpu" if strategy.root_device.type == "cpu" else "gpu",
         task=task if is_fit else "sft",  # nothing but training is closed to a task
@@ -130,16 +131,28 @@ def check_run(*, strategy: str | type, precision: str | int | None, accelerator:
     shown = strategy if isinstance(strategy, str) else strategy.__name__
     if kind not in STRATEGIES:
         instead = REFUSED_STRATEGIES.get(kind, "Choose one of these.")
-        raise InputError(f"trainer.strategy: must be auto, ddp or fsdp2, got {shown}. {instead}")
+        raise InputError(
+            f"trainer.strategy: must be {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}, got {shown}. {instead}"
+        )
     if precision not in (None, 32, "32", *PRECISIONS):
         raise InputError(
             f"trainer.precision: must be 32-true, bf16-mixed or 16-mixed, got {precision}. "
             "Set model.init_args.backbone.dtype for the type of the weights."
         )
+    if kind == "deepspeed_3" and task in ("ppo", "grpo"):
+        raise InputError(
+            f"trainer.strategy: must be another one for {task}, which generates with whole weights, got deepspeed_3. "
+            "Use fsdp2, or deepspeed_2."
+        )
     if precision != "16-mixed":
         return
     if accelerator == "cpu":
         raise InputError("trainer.precision: 16-mixed needs a GPU, got none. Use bf16-mixed.")
+    if kind in NAMES:
+        raise InputError(
+            f"trainer.precision: must be 32-true or bf16-mixed with strategy {kind}, whose own scaling of gradients is "
+            "not that of the other strategies, got 16-mixed. Use bf16-mixed."
+        )
     if kind == "fsdp2":
         raise InputError(
             "trainer.precision: must be 32-true or bf16-mixed with strategy fsdp2, whose gradients are cut before they "
@@ -155,6 +168,8 @@ def strategy_kind(strategy: str | type) -> str:
     Subclasses count as what they are made of, DeepSpeed's first: it is a DDPStrategy by inheritance.
     """
     if isinstance(strategy, str):
+        if strategy in STRATEGIES:
+            return strategy
         starts = {"single_device": "auto", "ddp": "ddp", "deepspeed": "deepspeed", "model_parallel": "model_parallel"}
         return next((kind for start, kind in starts.items() if strategy.startswith(start)), strategy)
     for kind, base in CLASSES.items():

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
-from lf_lightning.callbacks.saving import KeepsErrors
 from lf_lightning.lightning_private import share_over_all_ranks
-from lf_lightning.optim.state_files import load_rows, save_rows
+from lf_lightning.optim.state_files import load_rows
+from lf_lightning.stages.row_files import SavesRows
 from lf_lightning.types import InputError
 
 NAME = "fsdp2"
 WHERE = "trainer.strategy.init_args"
 
 
-class FSDP2Strategy(ModelParallelStrategy, KeepsErrors):
+class FSDP2Strategy(SavesRows, ModelParallelStrategy):
     """Weights, gradients and moments of optimizers are cut over all ranks; each computes its own micro-batches.
 
     A checkpoint is the same as without it, but for the optimizer, of which each rank writes its part.
@@ -110,21 +107,6 @@ class FSDP2Strategy(ModelParallelStrategy, KeepsErrors):
         inner: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state: dict[str, Any] = inner.state_dict()
         return state
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write this rank's rows beside the file, which the first rank writes."""
-        try:
-            checkpoint["optimizer_states"] = save_rows(checkpoint["optimizer_states"], Path(filepath).parent)
-            if self.is_global_zero:
-                torch.save(checkpoint, filepath)
-        except (OSError, RuntimeError, SafetensorError) as error:  # the other ranks wait for this one first
-            self._kept = error
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file; large tensors stay on the disk until they are asked for."""
-        self._state_folder = Path(checkpoint_path).parent
-        found: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
-        return found
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

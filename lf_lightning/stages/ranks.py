@@ -12,6 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor
 
+from lf_lightning.stages.deepspeed import ZeroStrategy
+
 
 class Ranks:
     """A trainer's ranks.
@@ -64,6 +66,8 @@ class Ranks:
 
     def gradient_sync(self, *, now: bool) -> AbstractContextManager[Any]:
         """Exchange gradients with this backward, or hold them back until a later one."""
+        if isinstance(self._strategy, ZeroStrategy):
+            return self._strategy.micro_batch(is_last=now)
         if isinstance(self._strategy, DDPStrategy) and not now:
             return self._strategy.block_backward_sync()
         return nullcontext()

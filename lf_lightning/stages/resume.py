@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lf_lightning.models.export import save_named_weights, unnamed_weights
 from lf_lightning.optim.state_files import whole_states
-from lf_lightning.stages.fsdp2 import FSDP2Strategy
+from lf_lightning.stages.row_files import SavesRows
 from lf_lightning.types import InputError, Isolation
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def save_unnamed_weights(stage: Stage, folder: Path) -> None:
 
 def use_any_optimizer_state(stage: Stage, checkpoint: dict[str, Any], folder: Path) -> None:
     """Put together what ranks wrote in parts, where this run's optimizer has whole parameters."""
-    if not isinstance(stage.trainer.strategy, FSDP2Strategy):
+    if not isinstance(stage.trainer.strategy, SavesRows):
         checkpoint["optimizer_states"] = whole_states(checkpoint["optimizer_states"], folder)
 
 

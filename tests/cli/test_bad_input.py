@@ -213,7 +213,7 @@ COMBINATIONS = {
         ("trainer.precision: 16-mixed needs a GPU, got none", "Use bf16-mixed"), {"trainer.precision": "16-mixed"}
     ),
     "DeepSpeed": Bad(
-        ("trainer.strategy: must be auto, ddp or fsdp2, got deepspeed_stage_3", "DeepSpeed is not supported"),
+        ("trainer.strategy: must be auto, ddp, fsdp2, ", "got deepspeed_stage_3. Lightning's own"),
         {"trainer.strategy": "deepspeed_stage_3"},
     ),
     "Lightning's own ModelParallelStrategy": Bad(

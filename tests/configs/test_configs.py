@@ -104,6 +104,8 @@ def test_a_config_is_short_and_tells_how_to_run_it(path: Path):
 def test_a_trainer_is_given_after_any_stage_and_changes_nothing_else(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    if path.stem == "deepspeed":
+        pytest.importorskip("deepspeed", reason="the package is not installed")
     monkeypatch.chdir(ROOT)
     text = path.read_text(encoding="utf-8")
     (line,) = re.findall(r"lf-lightning fit (--config \S+ --config \S+)", text)

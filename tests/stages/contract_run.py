@@ -30,7 +30,7 @@ from lf_lightning import (
     ValueHeadSpec,
 )
 from lf_lightning.stages.fsdp2 import FSDP2Strategy
-from lf_lightning.types import FeedbackBatch, PreferenceBatch, PromptBatch, RolloutBatch, TokenBatch
+from lf_lightning.types import FeedbackBatch, LossSums, PreferenceBatch, PromptBatch, RolloutBatch, TokenBatch
 
 SEED = 3
 LLAMA = {
@@ -82,8 +82,13 @@ def options_of(case: dict[str, Any]) -> dict[str, Any]:
     return {**{name: specs[name](**value) if name in specs else value for name, value in given.items()}, **rewards}
 
 
-def whole(gradient: torch.Tensor) -> torch.Tensor:
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     """A copy of a gradient, whole where it is cut over the ranks."""
+    gradient = parameter.grad
+    if gradient is None:  # DeepSpeed keeps it to itself
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient = safe_get_full_grad(parameter)
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
 
@@ -116,7 +121,7 @@ class Recorder(Callback):
         head = pl_module.backbone.value_head
         parameters |= {} if head is None else {f"head.{name}": each for name, each in head.named_parameters()}
         trained = {name: each for name, each in parameters.items() if each.requires_grad}
-        self.gradients.append({name: whole(parameter.grad) for name, parameter in trained.items()})
+        self.gradients.append({name: whole(parameter) for name, parameter in trained.items()})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the logged loss."""
@@ -139,6 +144,20 @@ def strategy_of(case: dict[str, Any]) -> str | FSDP2Strategy:
     return FSDP2Strategy(**asked) if isinstance(asked, dict) else asked
 
 
+class Loses:
+    """The sums of a stage, but that a metric is lost in one step, which its gradient does not show."""
+
+    def __init__(self, stage: Any, step: int) -> None:
+        self.stage, self.step, self.sums = stage, step, stage.micro_batch_loss
+
+    def __call__(self, micro_batch: Any) -> LossSums:
+        """As the stage, or with nan."""
+        found: LossSums = self.sums(micro_batch)
+        if not self.stage.trainer.training or self.stage.trainer.global_step != self.step:
+            return found
+        return found._replace(metrics={name: value * torch.nan for name, value in found.metrics.items()})
+
+
 def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     """Train one case and tell what this rank saw."""
     seed_everything(SEED)
@@ -149,8 +168,11 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         AdamW(**ADAMW),
         ScheduleSpec(kind="constant"),
         max_grad_norm=case.get("max_grad_norm"),
+        non_finite="skip",
         **options_of(case),
     )
+    if case.get("loses") is not None:
+        stage.micro_batch_loss = Loses(stage, case["loses"])
     stage.configure_callbacks = list  # no run folder: only the numbers of the step are looked at
     data = DataModule(spec, case["stage"].lower(), cache_dir=str(folder / "cache"), **case["data"])
     recorder = Recorder()

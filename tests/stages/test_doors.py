@@ -48,15 +48,17 @@ def ask(**changes: Any) -> None:
     ("strategy", "shown", "instead"),
     [
         (FSDPStrategy, "FSDPStrategy", "use fsdp2"),
-        (DeepSpeedStrategy, "DeepSpeedStrategy", "DeepSpeed is not supported"),
+        (DeepSpeedStrategy, "DeepSpeedStrategy", "use deepspeed_1, deepspeed_2 or deepspeed_3"),
         (ModelParallelStrategy, "ModelParallelStrategy", "its options give HSDP and tensor parallelism"),
-        ("deepspeed_stage_3", "deepspeed_stage_3", "DeepSpeed is not supported"),
+        ("deepspeed_stage_3", "deepspeed_stage_3", "use deepspeed_1, deepspeed_2 or deepspeed_3"),
         ("fsdp", "fsdp", "use fsdp2"),
         ("xla", "xla", "Choose one of these"),
     ],
 )
 def test_a_strategy_that_the_step_contract_does_not_know_is_refused(strategy: Any, shown: str, instead: str) -> None:
-    with pytest.raises(InputError, match=rf"trainer\.strategy: must be auto, ddp or fsdp2, got {shown}\. .*{instead}"):
+    with pytest.raises(
+        InputError, match=rf"trainer\.strategy: must be auto, ddp, fsdp2, .*, got {shown}\. .*{instead}"
+    ):
         ask(strategy=strategy)
 
 
@@ -125,7 +127,7 @@ def test_options_of_fsdp2_out_of_range_are_refused(options: Any, said: str) -> N
         FSDP2Strategy(**options)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2", "deepspeed_2"])
 @pytest.mark.parametrize("precision", [None, 32, "32-true", "bf16-mixed"])
 def test_what_is_known_is_let_through(strategy: str, precision: Any) -> None:
     ask(strategy=strategy, precision=precision, task="ppo")
@@ -136,6 +138,7 @@ def test_what_is_known_is_let_through(strategy: str, precision: Any) -> None:
     [
         ({"accelerator": "cpu"}, "needs a GPU"),
         ({"accelerator": "gpu", "strategy": "fsdp2"}, "with strategy fsdp2"),
+        ({"accelerator": "gpu", "strategy": "deepspeed_2"}, "with strategy deepspeed_2"),
         ({"accelerator": "auto", "task": "grpo"}, "for rollouts"),
     ],
 )
