@@ -30,6 +30,8 @@ from lf_lightning.models import (
 from lf_lightning.models.rewards import Reward
 from lf_lightning.optim import OptimizerSpec, ScheduleSpec
 from lf_lightning.stages import STAGES
+from lf_lightning.stages.deepspeed import ZeroStrategy
+from lf_lightning.stages.fsdp2 import FSDP2Strategy
 from lf_lightning.types import BackboneSpec, InputError
 
 
@@ -54,6 +56,7 @@ OWNERS: dict[str, tuple[type, ...]] = {
     "optimizer": tuple(OptimizerSpec.__subclasses__()),
     "data": (DataModule,),
     "trainer": (Trainer,),
+    "strategy": (FSDP2Strategy, ZeroStrategy),
     "checkpoint": (RunCheckpoint,),
     "callbacks": tuple(Callback.__subclasses__()),
 }
@@ -167,7 +170,7 @@ def _wrong_class(keys: list[str], found: re.Match[str], message: str) -> str:
 
 
 def _wrong_choice(keys: list[str], found: re.Match[str], message: str) -> str:
-    names = re.findall(r"'([^']*)'", found[1])
+    names = [name.strip(" '") for name in found[1].split(",")]
     return f"{_path(keys)}: must be one of {', '.join(names)}, got {_value(message)}. {_hint(_value(message), names)}"
 
 

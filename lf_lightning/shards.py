@@ -117,7 +117,7 @@ def fill_from(parameter: Tensor, other: Tensor) -> None:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor without gradient; of one that is cut, every rank must ask."""
     if is_partitioned(tensor):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
             return tensor.detach().clone()

@@ -116,6 +116,8 @@ class ZeroStrategy(SavesRows, DeepSpeedStrategy):
         process_group_backend: str | None = None,
     ) -> None:
         check_installed()
+        if stage not in (1, 2, 3):
+            raise InputError(f"trainer.strategy.init_args.stage: must be 1, 2 or 3, got {stage}. Correct it.")
         self.zero_stage = stage
         config: dict[str, Any] = {
             "zero_optimization": {"stage": stage},
