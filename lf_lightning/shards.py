@@ -118,7 +118,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor without gradient; of one that is cut, every rank must ask."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    found = tensor.detach()
+    found: Any = tensor.detach()
     for at in range(found.device_mesh.ndim):  # one dimension of the mesh after the other, in the order of `own_box`
         placements = [*[Replicate()] * (at + 1), *found.placements[at + 1 :]]
         found = found.redistribute(placements=placements)
