@@ -124,7 +124,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     found: Any = tensor.detach()
-    for at in range(found.device_mesh.ndim):  # one dimension of the mesh after the other, in the order of `own_box`
+    for at in range(found.device_mesh.ndim):  # the last cut of `own_box` is undone first
         placements = [*[Replicate()] * (at + 1), *found.placements[at + 1 :]]
         found = found.redistribute(placements=placements)
     local: Tensor = found.to_local()
