@@ -15,7 +15,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lf_lightning
 from lf_lightning import (
-    AdamW,
     BackboneSpec,
     DataModule,
     Full,
@@ -162,10 +161,11 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
     """Train one case and tell what this rank saw."""
     seed_everything(SEED)
     spec = backbone_spec(case)
+    chosen = case.get("optimizer", {"class_path": "AdamW", "init_args": ADAMW})
     stage = getattr(lf_lightning, case["stage"])(
         spec,
         LoRA(rank=2) if case.get("tuning") == "LoRA" else Full(),
-        AdamW(**ADAMW),
+        getattr(lf_lightning, chosen["class_path"])(**chosen["init_args"]),
         ScheduleSpec(kind="constant"),
         max_grad_norm=case.get("max_grad_norm"),
         non_finite="skip",
@@ -191,7 +191,9 @@ def fit(case: dict[str, Any], num_ranks: int, folder: Path) -> dict[str, Any]:
         default_root_dir=folder,
     )
     trainer.fit(stage, data)
+    weights = {name: whole(each.detach()) for name, each in stage.backbone.named_parameters() if each.requires_grad}
     return {
+        "weights": weights if "optimizer" in case else {},
         "layout": data.layout,
         "gradients": recorder.gradients,
         "losses": recorder.losses,
