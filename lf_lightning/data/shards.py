@@ -89,10 +89,11 @@ def _records(source: Source, start: Place) -> Rows:
         yield row, Place(number)
 
 
-def held_out(shards: Sequence[Shard], num_rows: int) -> tuple[list[Row], list[Shard]]:
+def held_out(name: str, shards: Sequence[Shard], num_rows: int) -> tuple[list[Row], list[Shard]]:
     """The first rows of a dataset, and its shards without them.
 
     Args:
+        name: The dataset.
         shards: All shards of the dataset, in the order of its files.
         num_rows: How many rows.
 
@@ -112,6 +113,5 @@ def held_out(shards: Sequence[Shard], num_rows: int) -> tuple[list[Row], list[Sh
                 break
             return rows, list(left)
     raise InputError(
-        f"data.val_size: must leave rows to train on, got {num_rows} rows of {shards[0].name}, which has "
-        f"{len(rows)}. Lower it."
+        f"data.val_size: must leave rows to train on, got {num_rows} rows of {name}, which has {len(rows)}. Lower it."
     )

@@ -185,7 +185,7 @@ def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str, *, st
                 raise InputError(f"{where}: {key} is read with hf_hub_url alone. Remove it.")
             continue
         if key in UNSUPPORTED_KEYS:
-            instead = " without data.streaming: true" if key in HUB_KEYS else ""
+            instead = " but in data.datasets with data.streaming: true" if key in HUB_KEYS else ""
             raise InputError(f"{where}: {key} is not supported yet{instead}. Download the rows and give file_name.")
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}.{nearest(str(key), known)}")

@@ -46,7 +46,7 @@ class StreamSets(EncodedSets):
         for index, source in enumerate(sources):
             own = [shard for shard in shards if shard.source == index]
             num_rows = int(self._val_size) // len(sources) + (index < int(self._val_size) % len(sources))
-            rows, left = held_out(own, num_rows) if num_rows else ([], own)
+            rows, left = held_out(source.name, own, num_rows) if num_rows else ([], own)
             kept += left
             if rows:
                 plain = {field.name: vars(source)[field.name] for field in fields(Source)}

@@ -72,7 +72,9 @@ def test_an_entry_names_repository_subset_split_and_folder(tmp_path: Path):
     expected = HubSource("named", None, "sharegpt", repo="org/set", subset="en", split="test", folder="data")
     assert named == expected
     assert inline == HubSource(**{**vars(expected), "name": "own"})
-    with pytest.raises(InputError, match=r"hf_hub_url is not supported yet without data\.streaming: true"):
+    with pytest.raises(
+        InputError, match=r"hf_hub_url is not supported yet but in data\.datasets with data\.streaming: true"
+    ):
         resolve_sources(["named"], str(tmp_path))
 
 

@@ -83,7 +83,9 @@ def test_the_rows_that_validate_come_from_the_start_of_each_dataset(tmp_path: Pa
 
 def test_a_split_that_leaves_nothing_is_one_line(tmp_path: Path):
     for val_size in (40, 41):
-        with pytest.raises(InputError, match=r"data.val_size: must leave rows to train on, got 4[01] rows of asked"):
+        with pytest.raises(
+            InputError, match=r"data.val_size: must leave rows to train on, got 4[01] rows of asked, which has 40"
+        ):
             started(shard_files(tmp_path), val_size=val_size)
 
 
