@@ -165,7 +165,7 @@ def _jsonl_rows(path: Path, start: Place) -> Rows:
             continue
         row += 1
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             where = f"line {lines.number}, column {error.colno}"
             raise InputError(f"{path}, row {row}: broken JSON at {where}: {error.msg}. Correct the line.") from error

@@ -308,7 +308,8 @@ INFO = {
         (ENTRY + "file_name must stay inside data, got '../rows.json'",), {"mine": {"file_name": "../rows.json"}}
     ),
     "a dataset on the hub": info(
-        (ENTRY + "hf_hub_url is not supported yet. Download",), {"mine": {"hf_hub_url": "a/b"}}
+        (ENTRY + "hf_hub_url is not supported yet but in data.datasets with data.streaming: true. Download",),
+        {"mine": {"hf_hub_url": "a/b"}},
     ),
     "an unknown formatting": info(
         (ENTRY + "unknown formatting 'sharegtp'. Did you mean 'sharegpt'?",),
