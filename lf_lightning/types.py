@@ -299,9 +299,7 @@ class BackboneSpec:
             )
         names = self.added_tokens
         if len({*names}) < len(names) or not all(names):
-            raise InputError(
-                f"model.init_args.backbone.new_tokens: must be words, each once, got {names}. Correct them."
-            )
+            raise InputError(f"model.init_args.backbone.new_tokens: must be words, each once, got {names}. Mend it.")
         if self.new_token_noise is not None and (self.new_token_noise < 0 or not names):
             raise InputError(
                 "model.init_args.backbone.new_token_noise: must be 0 or more and beside new_tokens, got "

@@ -125,21 +125,15 @@ def add_value_head(
 
     causal_lm = backbone.causal_lm
     output_layer = causal_lm.get_output_embeddings()
-    if keeps_output_layer:
-        hidden_size = backbone.output_layer.weight.shape[1]
-    elif isinstance(output_layer, ModulesToSaveWrapper):  # of new tokens
-        hidden_size = output_layer.original_module.in_features
+    if not keeps_output_layer:
+        if not isinstance(output_layer, nn.Linear | ModulesToSaveWrapper):  # that of new tokens
+            raise InputError(
+                "model.init_args.tuning.init_args.target: must leave out the output layer, which a reward model does "
+                f"not use, got a {type(output_layer).__name__} there. Remove lm_head from target."
+            )
         if not is_tied(causal_lm):
-            output_layer.requires_grad_(False)
-    elif not isinstance(output_layer, nn.Linear):
-        raise InputError(
-            "model.init_args.tuning.init_args.target: must leave out the output layer, which a reward model does not "
-            f"use, got a {type(output_layer).__name__} there. Remove lm_head from target."
-        )
-    else:
-        hidden_size = output_layer.in_features
-        if output_layer.weight is not causal_lm.get_input_embeddings().weight:
             output_layer.requires_grad_(False)  # it never gets a gradient, for which DDP would wait
+    hidden_size = backbone.output_layer.weight.shape[1]
     standard = spec.save_as == "sequence_classification"
     if standard:
         check_has_classifier(backbone)
