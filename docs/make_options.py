@@ -161,6 +161,7 @@ def readable(annotation: str) -> str:
     text = re.sub(r"Literal\[([^]]*)\]", lambda found: re.sub("[\"']", "`", found[1]).replace(", ", " or "), annotation)
     text = re.sub(r"Sequence\[str \| dict\[str, Any\]\]", "list of names or entries", text)
     words = {
+        r"Sequence\[str\]": "list of texts",
         r"list\[str\]": "list of texts",
         r"tuple\[float, float\]": "two numbers",
         r"Sequence\[Reward\]": "list of rewards",

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from lf_lightning.models import Tuning
+from lf_lightning.refusal import leaves
 from lf_lightning.stages import STAGES
 from lf_lightning.stages.doors import PRECISIONS, REFUSED_STRATEGIES, STRATEGIES, TOGETHER, check_run
 from lf_lightning.types import InputError
@@ -64,7 +65,7 @@ def page() -> str:
             table.append(f"| `{strategy}` | `{precision}` | {' | '.join(cells)} |")
         tables.append("\n".join(table))
     refused = [f"{number}. `{line}`" for number, line in enumerate(lines, 1)]
-    names = sorted(kind.__name__ for kind in Tuning.__subclasses__())
+    names = sorted(kind.__name__ for kind in leaves(Tuning))
     head = HEAD.format(tunings=", ".join(names[:-1]) + f" and {names[-1]}", together=", ".join(TOGETHER))
     return "\n\n".join([head.rstrip(), *tables, "## What is said", "\n".join(refused)]) + "\n"
 

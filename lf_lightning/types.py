@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -312,38 +311,12 @@ class BackboneSpec:
             )
         names = self.added_tokens
         if len({*names}) < len(names) or not all(names):
-            raise InputError(
-                f"model.init_args.backbone.new_tokens: must be words, each once, got {names}. Correct them."
-            )
+            raise InputError(f"model.init_args.backbone.new_tokens: must be words, each once, got {names}. Mend it.")
         if self.new_token_noise is not None and (self.new_token_noise < 0 or not names):
             raise InputError(
                 "model.init_args.backbone.new_token_noise: must be 0 or more and beside new_tokens, got "
                 f"{self.new_token_noise} with {len(names)} new tokens. Correct it, or remove it."
             )
-
-
-@dataclass(frozen=True)
-class Source:
-    """One dataset: a file with its format, as an entry of dataset_info.json says it or as written inline.
-
-    Args:
-        name: What messages and errors call it.
-        path: File or folder with the rows; None where `records` gives them.
-        formatting: `alpaca` (instruction, input, output), `sharegpt` (a list of turns), `openai` (role and content),
-            or `text` (one text a row; what pt trains on).
-        columns: Our name of a column -> the file's name.
-        tags: sharegpt and openai: our name of a role or key -> the file's name.
-        ranking: The rows hold a chosen and a rejected answer.
-        records: The rows themselves.
-    """
-
-    name: str
-    path: Path | None
-    formatting: Literal["alpaca", "sharegpt", "openai", "text"] = "alpaca"
-    columns: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    ranking: bool = False
-    records: tuple[dict[str, Any], ...] = ()
 
 
 class Isolation(NamedTuple):

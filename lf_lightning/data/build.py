@@ -18,9 +18,9 @@ from tqdm import tqdm
 from lf_lightning.console import say
 from lf_lightning.data.encode import EncodedRow, EncodeOptions, RowProblem, encode_rows
 from lf_lightning.data.encode_judgements import FACTS, encode_judgements
+from lf_lightning.data.source import Source
 from lf_lightning.data.sources import load_rows
 from lf_lightning.data.templates import Template, Way
-from lf_lightning.types import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

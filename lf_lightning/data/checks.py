@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lf_lightning.data.formats import ALPACA_COLUMNS
+from lf_lightning.data.source import Source
 from lf_lightning.data.stream_checks import check_stream
-from lf_lightning.types import BackboneSpec, InputError, Source, Task
+from lf_lightning.types import BackboneSpec, InputError, Task
 
 LEAST = {
     "max_length": 2,

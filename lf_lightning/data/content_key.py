@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from lf_lightning.data.build import Encoder
 from lf_lightning.data.files import file_digest
+from lf_lightning.data.source import Source
 from lf_lightning.data.sources import source_files
-from lf_lightning.types import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from lf_lightning.data.formats import RowError, conversation_of, require_answer, text_of
+from lf_lightning.data.source import Source
 from lf_lightning.data.templates import Example, History, Rendered, Template, Way, segments_of
-from lf_lightning.types import IGNORE, Segment, Source, Task
+from lf_lightning.types import IGNORE, Segment, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,8 +18,9 @@ from lf_lightning.data.encode import (
     truncated_lengths,
 )
 from lf_lightning.data.judgements import feedback_of, ranked_of
+from lf_lightning.data.source import Source
 from lf_lightning.data.templates import Template, segments_of
-from lf_lightning.types import IGNORE, Conversation, Message, Source, Task
+from lf_lightning.types import IGNORE, Conversation, Message, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

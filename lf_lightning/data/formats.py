@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lf_lightning.types import Conversation, Message, Role, Source
+from lf_lightning.data.source import Source
+from lf_lightning.types import Conversation, Message, Role
 
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 SHAREGPT_COLUMNS = {"messages": "conversations"}

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lf_lightning.data.formats import RowError, column_text, columns_shown, conversation_of, message_of, shortened
-from lf_lightning.types import Conversation, Message, Source
+from lf_lightning.data.source import Source
+from lf_lightning.types import Conversation, Message
 
 
 class Ranked(NamedTuple):

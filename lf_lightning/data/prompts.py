@@ -11,10 +11,11 @@ from lf_lightning.data.checks import JUDGING, ROLLING, check_task, kinds_of
 from lf_lightning.data.encode import bos_ids, token_ids
 from lf_lightning.data.formats import RowError, conversation_of, text_of
 from lf_lightning.data.judgements import feedback_of, ranked_of
+from lf_lightning.data.source import Source
 from lf_lightning.data.sources import load_rows
 from lf_lightning.data.store import InvalidRows, row_error
 from lf_lightning.data.templates import Template, prompt_segments
-from lf_lightning.types import Conversation, Segment, Source, Task
+from lf_lightning.types import Conversation, Segment, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,11 +11,12 @@ from lf_lightning.data.build import Encoder
 from lf_lightning.data.checks import ROLLING, check_task
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.prompts import Prompt, prompt_rows
+from lf_lightning.data.source import Source
 from lf_lightning.data.sources import resolve_sources
 from lf_lightning.data.store import TokenStore, build_store
 from lf_lightning.data.templates import Template, load_template
 from lf_lightning.data.tokenizer import add_new_tokens, fit_tokenizer, load_tokenizer
-from lf_lightning.types import BackboneSpec, Source
+from lf_lightning.types import BackboneSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

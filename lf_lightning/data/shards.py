@@ -14,8 +14,9 @@ from lf_lightning.console import say
 from lf_lightning.data.files import is_compressed, kind_of, quick_digest, read_rows
 from lf_lightning.data.hub import hub_digest, hub_shards
 from lf_lightning.data.places import START, Place, Row, Rows
+from lf_lightning.data.source import Source
 from lf_lightning.data.sources import HubSource, source_files
-from lf_lightning.types import InputError, Source
+from lf_lightning.types import InputError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 from lf_lightning.data.confinement import check_inside
 from lf_lightning.data.files import READERS, kind_of, kind_of_value, object_row, parse_json, read_rows, read_text
-from lf_lightning.types import InputError, Source
+from lf_lightning.data.source import Source
+from lf_lightning.types import InputError
 
 FORMATTINGS = ("alpaca", "sharegpt", "openai", "text")
 COLUMNS = (

@@ -22,8 +22,9 @@ from lf_lightning.data.checks import check_task
 from lf_lightning.data.content_key import content_key
 from lf_lightning.data.encode import EncodeOptions, RowProblem
 from lf_lightning.data.parts import FACT, Parts
+from lf_lightning.data.source import Source
 from lf_lightning.data.templates import Template
-from lf_lightning.types import InputError, Source, UnitId
+from lf_lightning.types import InputError, UnitId
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

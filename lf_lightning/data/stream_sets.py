@@ -16,8 +16,9 @@ from lf_lightning.data.content_key import tokenizer_facts
 from lf_lightning.data.prompts import Prompt
 from lf_lightning.data.sets import EncodedSet, EncodedSets, Split
 from lf_lightning.data.shards import Shard, held_out, shards_of
+from lf_lightning.data.source import Source
 from lf_lightning.data.stream import Stream, StreamPlan
-from lf_lightning.types import InputError, Source
+from lf_lightning.types import InputError
 
 BUFFER_SIZE = 16384
 """Rows that are mixed together unless said."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -76,11 +77,8 @@ def load_backbone(
             tuned = model
     if not trains:
         tuned.requires_grad_(False)
-    half = next(model.parameters()).dtype
     if not keeps_bfloat16:
-        upcast_trainable(tuned)
-        if half in (torch.bfloat16, torch.float16):
-            cast_around_copies(tuned, half)
+        _widen(tuned)
     backbone = Backbone(tuned)
     backbone.parts, backbone.is_merged = parts, bool(spec.merge_adapters)
     if isinstance(tuning, Adapter) and tuning.shifts_base and tuning.adapter is None:
@@ -91,6 +89,14 @@ def load_backbone(
             "Set path, or use Full tuning."
         )
     return backbone.train()
+
+
+def _widen(tuned: nn.Module) -> None:
+    """Hold what trains in float32 at least, and cast where it meets what stays in half precision."""
+    half = next(tuned.parameters()).dtype
+    upcast_trainable(tuned)
+    if half in (torch.bfloat16, torch.float16):
+        cast_around_copies(tuned, half)
 
 
 def _build(

@@ -100,6 +100,7 @@ class LoRA(Adapter):
         self._check_fits(model, targets)
         whole = list(dict.fromkeys([*modules_named(model, self.modules_to_save), *vocabulary]))
         init = {"zero": True, "pissa": "pissa", "pissa_fast": f"pissa_niter_{self.pissa_iterations or ITERATIONS}"}
+        on_meta = next(model.parameters()).is_meta  # shapes without numbers
         options: dict[str, Any] = {
             "r": self.rank,
             "lora_alpha": 2 * self.rank if self.alpha is None else self.alpha,
@@ -108,7 +109,7 @@ class LoRA(Adapter):
             "target_parameters": targets.parameters or None,
             "use_rslora": self.rslora,
             "use_dora": self.dora,
-            "init_lora_weights": init[self.init],
+            "init_lora_weights": init["zero" if on_meta else self.init],
             "modules_to_save": whole or None,
             "ensure_weight_tying": _ties(model, whole),
         }

@@ -29,7 +29,7 @@ def start_of(model: Any) -> dict[str, Tensor]:
     return {
         name.replace(".default.", "."): parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in model.named_parameters()
-        if ".lora_A.default." in name or ".lora_B.default." in name
+        if (".lora_A.default." in name or ".lora_B.default." in name) and not parameter.is_meta
     }
 
 

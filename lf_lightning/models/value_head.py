@@ -15,6 +15,8 @@ from lf_lightning.models.value_head_files import find_value_head, load_value_hea
 from lf_lightning.types import InputError, Kernel, OutputLayer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lf_lightning.models.backbone import Backbone
 
 __all__ = [
@@ -92,6 +94,28 @@ class ValueHead(nn.Module):
         return values.squeeze(-1)
 
 
+def _without_output_layer(causal_lm: PreTrainedModel) -> int:
+    """Freeze the output layer, which nothing uses then; the size of its hidden states.
+
+    It never gets a gradient, for which DDP would wait.
+
+    Raises:
+        InputError: An adapter lies on it.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    layer = causal_lm.get_output_embeddings()
+    inner = layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer  # a copy: of new tokens
+    if not isinstance(inner, nn.Linear):
+        raise InputError(
+            "model.init_args.tuning.init_args.target: must leave out the output layer, which a reward model does not "
+            f"use, got a {type(inner).__name__} there. Remove lm_head from target."
+        )
+    if not is_tied(causal_lm):
+        layer.requires_grad_(False)
+    return inner.in_features
+
+
 def add_value_head(
     backbone: Backbone,
     spec: ValueHeadSpec,
@@ -121,25 +145,8 @@ def add_value_head(
         InputError: The tuning adapts the output layer, the head to load is missing or does not fit, or the family has
             no model for sequence classification and `save_as` asks for one.
     """
-    from peft.utils import ModulesToSaveWrapper
-
     causal_lm = backbone.causal_lm
-    output_layer = causal_lm.get_output_embeddings()
-    if keeps_output_layer:
-        hidden_size = backbone.output_layer.weight.shape[1]
-    elif isinstance(output_layer, ModulesToSaveWrapper):  # of new tokens
-        hidden_size = output_layer.original_module.in_features
-        if not is_tied(causal_lm):
-            output_layer.requires_grad_(False)
-    elif not isinstance(output_layer, nn.Linear):
-        raise InputError(
-            "model.init_args.tuning.init_args.target: must leave out the output layer, which a reward model does not "
-            f"use, got a {type(output_layer).__name__} there. Remove lm_head from target."
-        )
-    else:
-        hidden_size = output_layer.in_features
-        if output_layer.weight is not causal_lm.get_input_embeddings().weight:
-            output_layer.requires_grad_(False)  # it never gets a gradient, for which DDP would wait
+    hidden_size = backbone.output_layer.weight.shape[1] if keeps_output_layer else _without_output_layer(causal_lm)
     standard = spec.save_as == "sequence_classification"
     if standard:
         check_has_classifier(backbone)

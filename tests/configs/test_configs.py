@@ -8,13 +8,13 @@ import torch
 import yaml
 
 from lf_lightning.__main__ import main
-from lf_lightning.models import Full, LoRA, load_backbone
+from lf_lightning.models import OFT, Freeze, Full, LoRA, load_backbone
 from lf_lightning.types import BackboneSpec
 from tests.conftest import ROOT
 
 TRAINERS = sorted((ROOT / "configs" / "trainer").glob("*.yaml"))
 CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*TRAINERS})
-TUNINGS = {"Full": Full, "LoRA": LoRA}
+TUNINGS = {"Full": Full, "Freeze": Freeze, "LoRA": LoRA, "OFT": OFT}
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -46,6 +46,10 @@ REAL: dict[str, tuple[dict[str, Any], int, int]] = {  # config, parameters of th
     "sft/qwen3-0.6b_badam": (QWEN3, 596_049_920, 596_049_920),
     "sft/qwen3-0.6b_muon": (QWEN3, 596_049_920, 596_049_920),
     "sft/qwen3-0.6b_full_bf16": (QWEN3, 596_049_920, 596_049_920),
+    "sft/qwen3-0.6b_dora": (QWEN3, 596_049_920, 10_436_608),
+    "sft/qwen3-0.6b_pissa": (QWEN3, 596_049_920, 10_092_544),
+    "sft/qwen3-0.6b_oft": (QWEN3, 596_049_920, 4_444_160),
+    "sft/qwen3-0.6b_freeze": (QWEN3, 596_049_920, 62_923_776),
     "pt/qwen3-0.6b_full": (QWEN3, 596_049_920, 596_049_920),
     "pt/qwen3-0.6b_streaming": (QWEN3, 596_049_920, 596_049_920),
     "rm/qwen3-0.6b_lora": (QWEN3, 596_049_920, 10_092_544),
@@ -143,7 +147,7 @@ def test_the_model_of_a_real_recipe_has_the_parameters_of_the_real_model(name: s
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_trainable_weights_of_a_real_recipe_are_float32(name: str, tmp_path: Path):
-    config = REAL[name][0] | {"num_hidden_layers": 1}
+    config = REAL[name][0] | {"num_hidden_layers": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = read(ROOT / "configs" / f"{name}.yaml")["model"]["init_args"]
     spec = BackboneSpec(**{**model["backbone"], "path": str(tmp_path)})

@@ -11,12 +11,13 @@ from lf_lightning import BackboneSpec, DataModule
 from lf_lightning.data.build import Encoder
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.shards import Shard, shards_of
+from lf_lightning.data.source import Source
 from lf_lightning.data.stream import Stream, StreamPlan
 from lf_lightning.data.stream_documents import StreamDocuments
 from lf_lightning.data.stream_loader import StreamLoader
 from lf_lightning.data.templates import load_template
 from lf_lightning.data.tokenizer import byte_tokenizer
-from lf_lightning.types import Source, StepBatch, Unit
+from lf_lightning.types import StepBatch, Unit
 from tests.cli.runs import LLAMA
 
 TOKENIZER = byte_tokenizer()

@@ -9,7 +9,8 @@ import pytest
 
 from lf_lightning import BackboneSpec, DataModule
 from lf_lightning.data.checks import check_task
-from lf_lightning.types import InputError, Source, Task
+from lf_lightning.data.source import Source
+from lf_lightning.types import InputError, Task
 
 SPEC = BackboneSpec(architecture={"model_type": "llama"}, tokenizer="bytes")
 PLACE = Path("d")

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lf_lightning.data.encode import EncodedRow, EncodeOptions, RowProblem, encode_rows, truncated_lengths
 from lf_lightning.data.prompts import prompt_rows
+from lf_lightning.data.source import Source
 from lf_lightning.data.sources import load_rows, resolve_sources
 from lf_lightning.data.templates import Template, load_template
 from lf_lightning.data.tokenizer import byte_tokenizer, fit_tokenizer, load_tokenizer
-from lf_lightning.types import IGNORE, BackboneSpec, Source
+from lf_lightning.types import IGNORE, BackboneSpec
 
 ALPACA = Source("a", Path("a.json"), columns={"prompt": "q", "response": "a", "history": "h", "system": "s"})
 TEXT = Source("t", Path("t.jsonl"), "text")

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from lf_lightning.data.encode import Encoded, EncodedRow, EncodeOptions, RowProblem
 from lf_lightning.data.encode_judgements import encode_judgements
 from lf_lightning.data.prompts import prompt_rows
+from lf_lightning.data.source import Source
 from lf_lightning.data.templates import load_template
 from lf_lightning.data.tokenizer import byte_tokenizer, load_tokenizer
-from lf_lightning.types import IGNORE, BackboneSpec, Source, Task
+from lf_lightning.types import IGNORE, BackboneSpec, Task
 
 PAIRS = Source(
     "p", Path("p"), columns={"prompt": "q", "history": "h", "chosen": "c", "rejected": "r", "margin": "m"}, ranking=True

@@ -88,8 +88,8 @@ def test_the_number_of_a_broken_line_is_right_from_any_place(tmp_path: Path):
     ],
 )
 def test_a_broken_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str):
+    from lf_lightning.data.source import Source
     from lf_lightning.data.sources import load_rows
-    from lf_lightning.types import Source
 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:

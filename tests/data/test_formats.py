@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lf_lightning.data.formats import RowError, conversation_of, require_answer, text_of
-from lf_lightning.types import Conversation, Message, Source
+from lf_lightning.data.source import Source
+from lf_lightning.types import Conversation, Message
 
 ALPACA = Source("a", Path("a.json"))
 SHAREGPT = Source("s", Path("s.json"), "sharegpt", {"messages": "conversations", "tools": "tools", "system": "sys"})

@@ -9,7 +9,8 @@ import pytest
 
 from lf_lightning.data.formats import RowError
 from lf_lightning.data.judgements import Feedback, Ranked, feedback_of, ranked_of
-from lf_lightning.types import Conversation, Message, Source
+from lf_lightning.data.source import Source
+from lf_lightning.types import Conversation, Message
 
 SIDES = {"chosen": "good", "rejected": "bad"}
 ALPACA = Source(

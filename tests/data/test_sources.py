@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from lf_lightning.data.files import file_digest
+from lf_lightning.data.source import Source
 from lf_lightning.data.sources import load_rows, resolve_sources
-from lf_lightning.types import InputError, Source
+from lf_lightning.types import InputError
 
 
 def write_info(folder: Path, entries: Any) -> str:

@@ -13,11 +13,12 @@ from lf_lightning.data import build
 from lf_lightning.data import store as store_module
 from lf_lightning.data.encode import EncodeOptions
 from lf_lightning.data.prompts import Prompt, prompt_rows
+from lf_lightning.data.source import Source
 from lf_lightning.data.sources import resolve_sources
 from lf_lightning.data.store import StoreSummary, TokenStore, build_store
 from lf_lightning.data.templates import load_template
 from lf_lightning.data.tokenizer import byte_tokenizer, fit_tokenizer, load_tokenizer
-from lf_lightning.types import BackboneSpec, InputError, Source
+from lf_lightning.types import BackboneSpec, InputError
 
 ROWS = [{"instruction": "ab", "output": "cd"}, {"instruction": "e", "output": "f" * 9}, {"instruction": "g"}]
 

@@ -17,9 +17,10 @@ from lf_lightning.data.batches import Batches
 from lf_lightning.data.layout import MicroBatchRule
 from lf_lightning.data.places import Place
 from lf_lightning.data.shards import shards_of
+from lf_lightning.data.source import Source
 from lf_lightning.data.stream import Stream
 from lf_lightning.data.stream_loader import StreamLoader
-from lf_lightning.types import IGNORE, InputError, Source, StepBatch, Unit
+from lf_lightning.types import IGNORE, InputError, StepBatch, Unit
 from tests.data.streams import files, loader, plan, text_source, texts, write_rows
 
 
