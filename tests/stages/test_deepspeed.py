@@ -48,9 +48,7 @@ EACH = {("SFT", strategy, kind) for strategy, kind in KIND_OF.items()}
 OTHERS = {("PT", "deepspeed_1"), ("KTO", "deepspeed_2"), ("DPO", "deepspeed_3"), ("RM", "deepspeed_3")}
 ALSO = {(stage, strategy, "LoRA-untied") for stage, strategy in OTHERS} | {("KTO", "deepspeed_3", "Full-tied")}
 ROLLOUTS = {("PPO", "deepspeed_1", "LoRA-untied"), ("GRPO", "deepspeed_2", "Full-untied")}
-PAIRS = sorted(
-    {(s, z, KIND_OF[z]) for s, z in product(("PT", "SFT", "RM", "DPO", "KTO"), STRATEGIES)} | ALSO | ROLLOUTS
-)
+PAIRS = sorted(EACH | ALSO | ROLLOUTS)
 NAMES = ["-".join(pair) for pair in PAIRS]
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
