@@ -88,6 +88,8 @@ def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_grad
 
         gradient = safe_get_full_grad(parameter)
+    if gradient is None:  # the step was given up
+        return torch.zeros_like(parameter)
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
 

@@ -23,9 +23,7 @@ from tests.stages.contract_run import fit
 
 STRATEGIES = ("deepspeed_1", "deepspeed_2", "deepspeed_3")
 RUNS = (
-    ("deepspeed_1", "full"),
     ("deepspeed_2", "mixed"),
-    ("deepspeed_3", "full"),
     ("deepspeed_3", "lora"),
     ("deepspeed_3", "head"),
 )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,11 @@ from tests.stages.test_judgement_contract import furthest
 TOLERANCE = 5e-5
 """Of a gradient in float32 after up to six steps, relative to the largest entry of its tensor."""
 KIND_OF = {"deepspeed_1": "Full-tied", "deepspeed_2": "LoRA-untied", "deepspeed_3": "Full-untied"}
-ALSO = {
-    ("DPO", "deepspeed_3", "LoRA-untied"),
-    ("RM", "deepspeed_3", "LoRA-untied"),
-    ("SFT", "deepspeed_3", "Full-tied"),
-}
+EACH = {("SFT", strategy, kind) for strategy, kind in KIND_OF.items()}
+OTHERS = {("PT", "deepspeed_1"), ("KTO", "deepspeed_2"), ("DPO", "deepspeed_3"), ("RM", "deepspeed_3")}
+ALSO = {(stage, strategy, "LoRA-untied") for stage, strategy in OTHERS} | {("KTO", "deepspeed_3", "Full-tied")}
 ROLLOUTS = {("PPO", "deepspeed_1", "LoRA-untied"), ("GRPO", "deepspeed_2", "Full-untied")}
-PAIRS = sorted(
-    {(s, z, KIND_OF[z]) for s, z in product(("PT", "SFT", "RM", "DPO", "KTO"), STRATEGIES)} | ALSO | ROLLOUTS
-)
+PAIRS = sorted(EACH | ALSO | ROLLOUTS)
 NAMES = ["-".join(pair) for pair in PAIRS]
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -111,7 +107,9 @@ def test_two_ranks_under_deepspeed_train_and_measure_as_one_process_does(folder:
         assert found["val"] == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in alone["val"].items()}
         for got, want in zip(found["logged"], alone["logged"], strict=True):  # norms before clipping too
             assert got == {key: pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True) for key, value in want.items()}
-        for got, want in zip(found["gradients"], alone["gradients"], strict=True):
+        for step, (got, want) in enumerate(zip(found["gradients"], alone["gradients"], strict=True)):
+            if step == case["loses"]:  # given up: one side still shows its gradient
+                continue
             assert furthest(got, want) <= TOLERANCE
 
 
@@ -148,7 +146,7 @@ def test_its_checkpoint_continues_on_one_process_without_deepspeed(folder: Path,
     (other / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "trainer_log.jsonl"):
         (other / name).write_bytes((own / name).read_bytes())
-    (other / "checkpoints" / "step-00000002").symlink_to(own / "checkpoints" / "step-00000002")
+    shutil.copytree(own / "checkpoints" / "step-00000002", other / "checkpoints" / "step-00000002")
     train(folder, "auto", kind, max_steps=4, run=other, resumes=True)
     for path in (own / "final").glob("*.safetensors"):
         want, got = load_file(path), load_file(other / "final" / path.name)
