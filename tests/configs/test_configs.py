@@ -1,5 +1,6 @@
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ def test_a_config_is_short_and_tells_how_to_run_it(path: Path):
 def test_a_trainer_is_given_after_any_stage_and_changes_nothing_else(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    if path.stem == "deepspeed":
-        pytest.importorskip("deepspeed", reason="the package is not installed")
+    if path.stem == "deepspeed" and find_spec("deepspeed") is None:  # its import prints
+        pytest.skip("the package deepspeed is not installed")
     monkeypatch.chdir(ROOT)
     text = path.read_text(encoding="utf-8")
     (line,) = re.findall(r"lf-lightning fit (--config \S+ --config \S+)", text)
