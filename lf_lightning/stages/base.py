@@ -16,6 +16,7 @@ from lf_lightning.callbacks import default_callbacks
 from lf_lightning.lightning_private import global_seed
 from lf_lightning.models import Backbone, GenerationSpec, LoRA, Tuning
 from lf_lightning.models.export import load_weights, save_weights
+from lf_lightning.models.quantization import check_quantized
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec, group_options, restate, trained_parameters
 from lf_lightning.stages.answers import answers_of
 from lf_lightning.stages.building import build_backbone, check_gradients_meet
@@ -76,6 +77,7 @@ class Stage(LightningModule, ABC):
         generation: GenerationSpec = GenerationSpec(),
     ) -> None:
         super().__init__()
+        check_quantized(backbone, tuning)
         self.automatic_optimization = False
         self.backbone_spec, self.tuning = backbone, tuning
         self.optimizer_spec, self.schedule_spec = optimizer, schedule

@@ -68,6 +68,8 @@ def check_stage(stage: Any, strategy: Any, *, verb: str = "fit") -> None:
             "model.init_args.optimizer: must be AdamW under DeepSpeed, which cuts weights in the middle of their rows, "
             f"got {type(stage.optimizer_spec).__name__}. Use AdamW, or fsdp2."
         )
+    if (bits := stage.backbone_spec.quantization) is not None:
+        raise InputError(f"trainer.strategy: DeepSpeed cannot hold weights in few bits, got {bits}. Use ddp.")
     if stage.backbone_spec.dtype == "float64":
         raise InputError(f"{DTYPE} float64. Use float32, or another strategy.")
     if verb == "predict" and stage.task != "rm":

@@ -103,6 +103,8 @@ def check_sharing(strategy: Any, stage: Any, *, verb: str) -> None:
     if not isinstance(strategy, FSDP2Strategy):
         return
     strategy.check_ranks()
+    if (bits := stage.backbone_spec.quantization) is not None:
+        raise InputError(f"trainer.strategy: fsdp2 cannot cut weights in few bits, got {bits}. Use ddp.")
     where, size, tuning = "trainer.strategy.init_args.tensor_parallel", strategy.tensor_parallel, type(stage.tuning)
     if size == 1:
         return

@@ -29,6 +29,14 @@ QWEN3 = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": True,
 }
+QWEN3_8B = {
+    **QWEN3,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
 LLAMA3 = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -47,6 +55,7 @@ REAL: dict[str, tuple[dict[str, Any], int, int]] = {  # config, parameters of th
     "sft/qwen3-0.6b_badam": (QWEN3, 596_049_920, 596_049_920),
     "sft/qwen3-0.6b_muon": (QWEN3, 596_049_920, 596_049_920),
     "sft/qwen3-0.6b_full_bf16": (QWEN3, 596_049_920, 596_049_920),
+    "sft/qwen3-8b_qlora": (QWEN3_8B, 8_190_735_360, 43_646_976),
     "sft/qwen3-0.6b_dora": (QWEN3, 596_049_920, 10_436_608),
     "sft/qwen3-0.6b_pissa": (QWEN3, 596_049_920, 10_092_544),
     "sft/qwen3-0.6b_oft": (QWEN3, 596_049_920, 4_444_160),

@@ -201,6 +201,18 @@ def test_what_few_bits_cannot_do_is_refused(base: Path, options: dict[str, Any],
     assert "\n" not in str(error.value)
 
 
+def test_what_few_bits_cannot_do_is_refused_before_anything_is_loaded(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+):
+    full = settings(here, base, "run", tuning={"class_path": "Full"})
+    shared = merged(settings(here, base, "run"), {"trainer.strategy": "fsdp2"})
+    for refused, line in ((full, "only an adapter can train"), (shared, "fsdp2 cannot cut weights in few bits")):
+        assert lightning("fit", here, refused) == 2
+        (said,) = [each for each in capsys.readouterr().err.splitlines() if "error" in each]
+        assert line in said
+        assert not (here / "run").exists()
+
+
 def test_an_option_without_its_quantization_is_refused(base: Path):
     for kind in (None, "int8"):
         with pytest.raises(InputError, match="double_quantization: belongs to quantization: nf4 or fp4"):
