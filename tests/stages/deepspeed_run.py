@@ -1,8 +1,6 @@
-"""All that two DeepSpeed ranks are asked, in one start: the step contract, and runs that save and go on.
+"""All that two DeepSpeed ranks are asked, in one launch: the step contract, and runs that save and go on.
 
-    python deepspeed_run.py <folder>
-
-reads <folder>/cases.json and writes <folder>/<name>.<rank>.pt for each case, then <folder>/runs/<strategy>-<kind>.
+Writes <folder>/<name>.<rank>.pt for each case, then <folder>/runs/<strategy>-<kind>.
 """
 
 from __future__ import annotations
@@ -10,9 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -68,17 +66,12 @@ def save_and_go_on(folder: Path, strategy: str, kind: str) -> None:
     train(folder, strategy, kind, max_steps=4, run=broken, resumes=True)
 
 
-def main() -> None:
-    """Fit every case, then run and continue every kind of model."""
+def run(cases: list[dict[str, Any]], folder: Path) -> None:
+    """Fit every case on this rank, then run and continue every kind of model."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    folder = Path(sys.argv[1])
-    for case in json.loads((folder / "cases.json").read_text()):
+    for case in cases:
         record = fit(case, 2, folder)
         torch.save(record, folder / f"{case['name']}.{torch.distributed.get_rank()}.pt")
     for strategy, kind in RUNS:
         save_and_go_on(folder, strategy, kind)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO-1, 2 and 3 on two ranks against one process, for every stage; and their checkpoints.
 
-All that two ranks do is one start of deepspeed_run.py; the other side is made in this process.
+All that two ranks do is one launch of deepspeed_run.py; the other side is made in this process.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from lf_lightning.callbacks import last_checkpoint
 from lf_lightning.models import load_backbone
 from lf_lightning.optim import OptimizerSpec
 from lf_lightning.stages import deepspeed
+from tests.ranks import fork_ranks, made_once
 from tests.stages import deepspeed_run, test_sharded_contract
 from tests.stages.contract_run import fit
 from tests.stages.deepspeed_run import RUNS, STRATEGIES, train
@@ -65,34 +65,28 @@ def cases(folder: Path) -> Iterator[dict[str, Any]]:
         yield {**case, "max_grad_norm": 0.4, "loses": 1 if stage == "SFT" else None}
 
 
-def launch(folder: Path) -> None:
-    """Start the two ranks; both are stopped where they wait for each other."""
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, deepspeed_run.__file__, str(folder)]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            code = process.wait(timeout=400)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-    assert code == 0, (folder / "log").read_text()[-4000:]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks have written."""
-    folder = tmp_path_factory.mktemp("deepspeed")
-    (folder / "cases.json").write_text(json.dumps(list(cases(folder))))
+def write(folder: Path) -> None:
+    """What two ranks write."""
+    listed = list(cases(folder))
+    (folder / "cases.json").write_text(json.dumps(listed))
     (folder / "rows.json").write_text(json.dumps(test_sharded_contract.rows_of(folder)))
     spec = BackboneSpec(path=str(folder / "base-False"), tokenizer="bytes", dtype="bfloat16")
     half = load_backbone(spec, Full(), vocab_size=259, seed=1, trains=False)
     half.causal_lm.save_pretrained(folder / "half")
     whole = load_backbone(spec, Full(), vocab_size=259, seed=1).causal_lm
     whole.float().save_pretrained(folder / "base")
-    launch(folder)
-    return folder
+
+    def on_a_rank() -> None:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        deepspeed_run.run(listed, folder)
+
+    fork_ranks(on_a_rank, 2, folder)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have written."""
+    return made_once(tmp_path_factory, "deepspeed", write)
 
 
 @needs_deepspeed
