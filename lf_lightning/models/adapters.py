@@ -110,7 +110,7 @@ def continued(model: PreTrainedModel, tuning: Adapter) -> PeftModel:
     """
     assert tuning.adapter is not None
     folder = Path(tuning.adapter)
-    config = _checked_config(folder, f"{WHERE}.adapter")
+    config = _checked_config(tuning.adapter, f"{WHERE}.adapter")
     if config.peft_type.value != tuning.kind:
         raise InputError(
             f"{WHERE}.adapter: must be a {tuning.kind} adapter for {type(tuning).__name__}, got "
@@ -128,7 +128,7 @@ def merge_adapters(model: PreTrainedModel, folders: Iterable[str]) -> PreTrained
     where = "model.init_args.backbone.merge_adapters"
     for name in folders:
         folder = Path(name)
-        loaded: Any = _loaded(model, folder, _checked_config(folder, where), where=where, is_trainable=False)
+        loaded: Any = _loaded(model, folder, _checked_config(name, where), where=where, is_trainable=False)
         try:
             model = loaded.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError, RuntimeError) as error:
@@ -147,12 +147,13 @@ def _config_of(folder: Path, where: str) -> Any:
         raise InputError(f"{where}: {folder} cannot be read, got {_reason(error)} Give another adapter.") from error
 
 
-def _checked_config(folder: Path, where: str) -> Any:
+def _checked_config(given: str, where: str) -> Any:
     """The configuration of a saved adapter that is valid on its base as it stands."""
+    folder = Path(given)
     refuse_pickles(folder, where)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"{where}: must be a folder with {name}, got {folder}. Give the folder of an adapter.")
+            raise InputError(f"{where}: must be a folder with {name}, got {given}. Give the folder of an adapter.")
     config = _config_of(folder, where)
     if config.task_type == "SEQ_CLS":
         kept = [name for name in config.modules_to_save or () if name not in ("score", "classifier")]

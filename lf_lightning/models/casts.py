@@ -38,6 +38,6 @@ def _cast_output(module: nn.Module, args: tuple[Any, ...], output: Any, *, dtype
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, tuple):  # rotary cosines and sines
+    if type(value) is tuple:  # rotary cosines and sines; a named tuple is no pair of tensors
         return tuple(_to(each, dtype) for each in value)
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -250,7 +250,7 @@ RANGES = {
         (f"{TUNING}.init_args.dropout: must be in [0, 1), got 1.0",), {TUNING: lora(dropout=1.0)}
     ),
     "more blocks than the model has": Bad(
-        (f"{TUNING}.init_args.num_layers: must be 1 to 2 for this model, got 9",),
+        (f"{TUNING}.init_args.num_layers: must be 1 to 2 for this model, or its negative, got 9",),
         {TUNING: {"class_path": "Freeze", "init_args": {"num_layers": 9}}},
     ),
     "a length of one": value("data.max_length", "at least 2", 1),
