@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = ("pyproject.toml", "README.md", "Makefile", "constraints.txt", ".ci", "lf_lightning", "configs", "tests")
 LAYOUT += ("notebooks", "bench", "docs")
 FLOORS = {
-    **dict.fromkeys(("cli", "refusal", "__main__", "commands", "quickstart"), 3),
+    **dict.fromkeys(("cli", "refusal", "__main__", "commands", "quickstart", "testing"), 3),
     **dict.fromkeys(("stages", "callbacks"), 2),
     **dict.fromkeys(("losses", "data", "models", "optim"), 1),
     **dict.fromkeys(("types", "console", "shards", "lightning_private", "__init__"), 0),

@@ -146,8 +146,8 @@ def test_its_checkpoint_continues_on_one_process_without_deepspeed(folder: Path,
         want, got = load_file(path), load_file(other / "final" / path.name)
         assert got.keys() == want.keys()
         for key in want:
-            # of weights after AdamW, whose steps are signs where gradients are 0; in bfloat16 DeepSpeed adds up gradients
-            # of activations in another order: both orders are equally far from float64
+            # of weights after AdamW, whose steps are signs where gradients are 0. In bfloat16 DeepSpeed adds gradients
+            # of activations up in another order; both orders are equally far from float64.
             bound = 1e-3 if kind == "head" else 2e-2
             assert (got[key] - want[key]).abs().max() <= bound * want[key].abs().max().clamp(min=1e-1), key
     state = torch.load(own / "checkpoints/step-00000002/trainer_state/state.ckpt", weights_only=True)
