@@ -66,12 +66,12 @@ def save_and_go_on(folder: Path, strategy: str, kind: str) -> None:
     train(folder, strategy, kind, max_steps=4, run=broken, resumes=True)
 
 
-def run(cases: list[dict[str, Any]], folder: Path) -> None:
-    """Fit every case on this rank, then run and continue every kind of model."""
+def run(cases: list[dict[str, Any]], runs: tuple[tuple[str, str], ...], folder: Path) -> None:
+    """Fit every case on this rank, then run and continue some kinds of model."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     for case in cases:
         record = fit(case, 2, folder)
         torch.save(record, folder / f"{case['name']}.{torch.distributed.get_rank()}.pt")
-    for strategy, kind in RUNS:
+    for strategy, kind in runs:
         save_and_go_on(folder, strategy, kind)

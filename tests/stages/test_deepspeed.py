@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,24 @@ EACH = {("SFT", strategy, kind) for strategy, kind in KIND_OF.items()}
 OTHERS = {("PT", "deepspeed_1"), ("KTO", "deepspeed_2"), ("DPO", "deepspeed_3"), ("RM", "deepspeed_3")}
 ALSO = {(stage, strategy, "LoRA-untied") for stage, strategy in OTHERS} | {("KTO", "deepspeed_3", "Full-tied")}
 ROLLOUTS = {("PPO", "deepspeed_1", "LoRA-untied"), ("GRPO", "deepspeed_2", "Full-untied")}
-PAIRS = sorted(EACH | ALSO | ROLLOUTS)
-NAMES = ["-".join(pair) for pair in PAIRS]
+QUICK = sorted(EACH | {("DPO", "deepspeed_3", "LoRA-untied"), ("RM", "deepspeed_3", "LoRA-untied")})
+REST = sorted((ALSO | ROLLOUTS) - set(QUICK))
+QUICK_RUNS, OTHER_RUNS = RUNS[:1], RUNS[1:]
+NAMES = [
+    *("-".join(pair) for pair in QUICK),
+    *(pytest.param("-".join(pair), marks=pytest.mark.slow) for pair in REST),
+]
+RUN_NAMES = [
+    *("-".join(run) for run in QUICK_RUNS),
+    *(pytest.param("-".join(run), marks=pytest.mark.slow) for run in OTHER_RUNS),
+]
+Folders = Callable[[str], Path]
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-def cases(folder: Path) -> Iterator[dict[str, Any]]:
+def cases(folder: Path, pairs: list[tuple[str, str, str]]) -> Iterator[dict[str, Any]]:
     known = {case["name"]: case for case in test_sharded_contract.cases(folder)}
-    for stage, strategy, kind in PAIRS:
+    for stage, strategy, kind in pairs:
         case = {
             **known[f"{stage}-{kind}"],
             "strategy": strategy,
@@ -65,9 +75,9 @@ def cases(folder: Path) -> Iterator[dict[str, Any]]:
         yield {**case, "max_grad_norm": 0.4, "loses": 1 if stage == "SFT" else None}
 
 
-def write(folder: Path) -> None:
-    """What two ranks write."""
-    listed = list(cases(folder))
+def write(folder: Path, pairs: list[tuple[str, str, str]], runs: tuple[tuple[str, str], ...]) -> None:
+    """What two ranks write of some cases and runs."""
+    listed = list(cases(folder, pairs))
     (folder / "cases.json").write_text(json.dumps(listed))
     (folder / "rows.json").write_text(json.dumps(test_sharded_contract.rows_of(folder)))
     spec = BackboneSpec(path=str(folder / "base-False"), tokenizer="bytes", dtype="bfloat16")
@@ -78,20 +88,27 @@ def write(folder: Path) -> None:
 
     def on_a_rank() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        deepspeed_run.run(listed, folder)
+        deepspeed_run.run(listed, runs, folder)
 
     fork_ranks(on_a_rank, 2, folder)
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks have written."""
-    return made_once(tmp_path_factory, "deepspeed", write)
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Name of a case or a run -> what two ranks have written of it, and of the others that are as quick."""
+
+    def find(name: str) -> Path:
+        is_quick = name in {"-".join(each) for each in (*QUICK, *QUICK_RUNS)}
+        pairs, runs = (QUICK, QUICK_RUNS) if is_quick else (REST, OTHER_RUNS)
+        return made_once(tmp_path_factory, f"deepspeed-{is_quick}", lambda folder: write(folder, pairs, runs))
+
+    return find
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_under_deepspeed_train_and_measure_as_one_process_does(folder: Path, name: str) -> None:
+def test_two_ranks_under_deepspeed_train_and_measure_as_one_process_does(folder_of: Folders, name: str) -> None:
+    folder = folder_of(name)
     case = next(each for each in json.loads((folder / "cases.json").read_text()) if each["name"] == name)
     alone = fit(case, 1, folder)
     assert len(alone["gradients"]) > 2
@@ -109,16 +126,18 @@ def test_two_ranks_under_deepspeed_train_and_measure_as_one_process_does(folder:
 
 @needs_deepspeed
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_step_without_a_finite_metric_changes_nothing_and_counts(folder: Path, strategy: str) -> None:
-    found = torch.load(folder / f"SFT-{strategy}-{KIND_OF[strategy]}.0.pt")
+def test_a_step_without_a_finite_metric_changes_nothing_and_counts(folder_of: Folders, strategy: str) -> None:
+    name = f"SFT-{strategy}-{KIND_OF[strategy]}"
+    found = torch.load(folder_of(name) / f"{name}.0.pt")
     assert [row["train/skipped_steps"] for row in found["logged"]] == [0, 1, 1, 1]
     assert found["logged"][1]["train/grad_norm"] == 0
     assert found["logged"][0]["train/grad_norm"] > 0.4, "steps are clipped"
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("run", ["-".join(run) for run in RUNS])
-def test_a_run_that_is_broken_off_and_continued_ends_with_the_same_bits(folder: Path, run: str) -> None:
+@pytest.mark.parametrize("run", RUN_NAMES)
+def test_a_run_that_is_broken_off_and_continued_ends_with_the_same_bits(folder_of: Folders, run: str) -> None:
+    folder = folder_of(run)
     finals = [folder / "runs" / name / "final" for name in (run, f"{run}-broken")]
     files = sorted(path.name for path in finals[0].glob("*.safetensors"))
     assert files, "weights are written"
@@ -132,8 +151,9 @@ def test_a_run_that_is_broken_off_and_continued_ends_with_the_same_bits(folder: 
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("run", ["-".join(run) for run in RUNS])
-def test_its_checkpoint_continues_on_one_process_without_deepspeed(folder: Path, run: str) -> None:
+@pytest.mark.parametrize("run", RUN_NAMES)
+def test_its_checkpoint_continues_on_one_process_without_deepspeed(folder_of: Folders, run: str) -> None:
+    folder = folder_of(run)
     kind = run.split("-")[1]
     own = folder / "runs" / run
     other = folder / "runs" / f"{run}-alone"
@@ -210,6 +230,7 @@ def test_where_the_package_is_missing_the_line_says_how_to_get_it(monkeypatch: p
         deepspeed.check_installed()
 
 
+@pytest.mark.slow
 def test_nothing_imports_deepspeed_before_it_is_asked_for() -> None:
     code = "import sys, lf_lightning.cli; sys.exit('deepspeed' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
