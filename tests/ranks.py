@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 PATIENCE = 600.0
 """Seconds that ranks may take on a machine that is busy with other things."""
@@ -26,6 +27,8 @@ def fork_ranks(function: Callable[[], None], num_ranks: int, folder: Path) -> No
         num_ranks: How many; the environment of a single one says nothing of ranks.
         folder: Gets `log.<rank>`.
     """
+    if torch.distributed.is_initialized():  # by a run of an earlier test; a fork could not leave its group
+        torch.distributed.destroy_process_group()
     port = free_port()
     children = [_fork(function, rank, num_ranks, port, folder / f"log.{rank}") for rank in range(num_ranks)]
     codes: dict[int, int] = {}

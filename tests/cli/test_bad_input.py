@@ -142,7 +142,9 @@ CHOICES = {
     "an unknown template": Bad(
         ("data.template: unknown template 'chatlm'. Did you mean 'chatml'?",), {"data.template": "chatlm"}
     ),
-    "an unknown strategy": Bad(("trainer.strategy: must be auto, ddp or fsdp2, got dpd",), {"trainer.strategy": "dpd"}),
+    "an unknown strategy": Bad(
+        ("trainer.strategy: must be auto, ddp, fsdp2, deepspeed_1, ", "got dpd."), {"trainer.strategy": "dpd"}
+    ),
     "an unknown architecture": Bad(
         (f"{BACKBONE}.architecture.model_type: ", "got lama. Try llama."),
         {f"{BACKBONE}.architecture.model_type": "lama"},
@@ -217,7 +219,7 @@ COMBINATIONS = {
         {"trainer.strategy": "deepspeed_stage_3"},
     ),
     "Lightning's own ModelParallelStrategy": Bad(
-        ("trainer.strategy: must be auto, ddp or fsdp2, got ModelParallelStrategy", "Use fsdp2"),
+        ("trainer.strategy: must be auto, ddp, fsdp2, ", "got ModelParallelStrategy. Use fsdp2"),
         {"trainer.strategy": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}},
     ),
     "a precision that needs another package": Bad(

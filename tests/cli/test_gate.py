@@ -312,7 +312,7 @@ def options_of(kind: type, leave_out: tuple[str, ...] = ()) -> list[str]:
     return [name for name in names if name not in leave_out]
 
 
-SPECS = ("backbone", "tuning", "optimizer", "schedule", "generation")
+SPECS = ("backbone", "tuning", "optimizer", "schedule", "generation", "reference")
 OPTIONS = [
     *((f"checkpoint.{name}", "fit") for name in options_of(RunCheckpoint)),
     *((f"data.{name}", "fit") for name in options_of(DataModule, ("backbone", "task"))),

@@ -111,7 +111,7 @@ def test_an_adapter_learns_beside_four_bits_and_its_folder_opens_with_plain_peft
         torch.testing.assert_close(ours.causal_lm(input_ids=ids).logits, opened(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_a_run_goes_on_bit_for_bit_and_dora_trains_too(here: Path, base: Path, kind: str):
     tuning = {"class_path": "LoRA", "init_args": {"rank": 2, "dora": kind == "fp4", "dropout": 0.1}}
     options = {"tuning": tuning, "backbone.quantization": kind, "backbone.gradient_checkpointing": kind == "nf4"}

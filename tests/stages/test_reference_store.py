@@ -138,10 +138,10 @@ def test_another_reference_or_other_data_has_a_file_of_its_own(
 
 def test_the_same_reference_held_in_another_way_takes_the_same_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = build_model(tmp_path / "model")
-    for number, kind in enumerate(("snapshot", "copy")):
+    for number, kind in enumerate(("adapters_off", "copy")):
         stored_fit(tmp_path, "DPO", kind, lora=model, **init(reference={"kind": kind, "precompute": True}))
         assert num_computed(capsys) == [12 if number == 0 else 0]
-    assert losses(tmp_path / "copy") == losses(tmp_path / "snapshot")
+    assert losses(tmp_path / "copy") == losses(tmp_path / "adapters_off")
 
 
 def test_without_a_cache_they_are_computed_for_the_run_alone(
