@@ -108,8 +108,10 @@ class Gate(LightningCLI):
 
     def finish(self) -> None:
         """Refuse what stage, optimizer and strategy cannot do together; give the trainer the run folder."""
-        check_stage(self.model, self.trainer.strategy)
-        check_in_run(self.model.optimizer_spec, self.trainer, self.datamodule)
+        verb = self.parser.prog.rpartition(" ")[2]
+        check_stage(self.model, self.trainer.strategy, verb=verb)
+        if verb == "fit":
+            check_in_run(self.model.optimizer_spec, self.trainer, self.datamodule)
         recipe = self.config.clone()
         recipe.ckpt_path, recipe.overwrite = None, False  # how this run began is no part of what it is
         text = self.parser.dump(recipe, skip_unset=False)

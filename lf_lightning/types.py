@@ -249,7 +249,8 @@ class BackboneSpec:
     Args:
         path: Folder or hub name of a causal language model that transformers can load. Leave it empty to build a
             model with random weights from `architecture`.
-        dtype: Type of the frozen weights. Trainable weights are always float32; `auto` is the type in the folder.
+        dtype: Type of the frozen weights; `auto` is the type in the folder. What trains is float32 at least, unless
+            the optimizer keeps bfloat16.
         quantization: Hold the frozen linear layers in few bits (bitsandbytes): `nf4` or `fp4` (Dettmers et al. 2023,
             arXiv:2305.14314), or `int8` (Dettmers et al. 2022, arXiv:2208.07339). Only an adapter trains beside them.
         double_quantization: Quantize the scales of 4-bit weights too: 0.4 bits less a weight.

@@ -102,7 +102,7 @@ def _same(given: Any, default: Any) -> bool:
     return given == default or (isinstance(default, tuple) and not default and not given)
 
 
-def continued(model: PreTrainedModel, tuning: Adapter) -> PeftModel:
+def continued(model: PreTrainedModel, tuning: Adapter, vocabulary: Sequence[str]) -> PeftModel:
     """A model with a saved adapter that trains on; of a reward model's, all but its value head.
 
     Raises:
@@ -115,6 +115,13 @@ def continued(model: PreTrainedModel, tuning: Adapter) -> PeftModel:
         raise InputError(
             f"{WHERE}.adapter: must be a {tuning.kind} adapter for {type(tuning).__name__}, got "
             f"{config.peft_type.value} in {folder}. Use the tuning of its kind."
+        )
+    kept = config.modules_to_save or ()
+    left = [name for name in vocabulary if not any(name == each or name.endswith(f".{each}") for each in kept)]
+    if left:
+        raise InputError(
+            f"{WHERE}.adapter: must train {left[0]} whole where there are new tokens, got one in {folder} that does "
+            "not. Put it into backbone.merge_adapters, and train a new adapter."
         )
     return _loaded(model, folder, config, where=f"{WHERE}.adapter", is_trainable=True)
 

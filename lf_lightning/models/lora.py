@@ -95,7 +95,7 @@ class LoRA(Adapter):
         from peft import LoraConfig, get_peft_model
 
         if self.adapter is not None:
-            return continued(model, self)
+            return continued(model, self, vocabulary)
         targets = find_targets(model, self.target)
         self._check_fits(model, targets)
         whole = list(dict.fromkeys([*modules_named(model, self.modules_to_save), *vocabulary]))

@@ -64,7 +64,7 @@ class OFT(Adapter):
         from peft import OFTConfig, get_peft_model
 
         if self.adapter is not None:
-            return continued(model, self)
+            return continued(model, self, vocabulary)
         targets = find_targets(model, self.target)
         if targets.parameters:
             raise InputError(
@@ -101,7 +101,7 @@ class OFT(Adapter):
             layer: Any = model.get_submodule(name)
             if layer is head:
                 raise InputError(f"{WHERE}.target: OFT cannot act on the output layer, got {name}. Leave it out.")
-            num_inputs = layer.weight.shape[0 if type(layer).__name__ == "Conv1D" else 1]
+            num_inputs = layer.weight.shape[0] if type(layer).__name__ == "Conv1D" else layer.in_features
             if num_inputs % part:
                 raise InputError(
                     f"{WHERE}.{option}: must divide the {num_inputs} inputs of {name}, got {part}. Choose another."

@@ -233,6 +233,7 @@ def load_reference(
     device: torch.device | None = None,
     mesh: DeviceMesh | None = None,
     new_rows: NewRows | None = None,
+    keeps_bfloat16: bool = False,
 ) -> Reference:
     """Make the reference that a spec asks for, before the policy trains or is sharded.
 
@@ -246,6 +247,7 @@ def load_reference(
         device: Where weights of the reference's own are quantized, as `load_backbone` takes it.
         mesh: Ranks that will share a model of the reference's own, as `load_backbone` takes it.
         new_rows: Words that are new to the policy. Another model at `path` must know them.
+        keeps_bfloat16: Whether the policy's trained weights stay bfloat16; a copy of it then does too.
 
     Raises:
         InputError: The kind does not fit the tuning, or the reference model cannot be loaded.
@@ -262,6 +264,7 @@ def load_reference(
         return Reference(policy, is_separate=False, snapshot=trained)
     rows = new_rows if kind == "copy" else None
     options: dict[str, Any] = {"vocab_size": vocab_size, "seed": seed, "device": device, "mesh": mesh, "new_rows": rows}
+    options["keeps_bfloat16"] = keeps_bfloat16 and kind == "copy"
     own = _load_own(spec, kind, backbone_spec, tuning, **options)
     own.requires_grad_(False)
     return Reference(own.eval(), is_separate=True)
@@ -283,7 +286,14 @@ def _load_own(spec: ReferenceSpec, kind: Kind, backbone_spec: BackboneSpec, tuni
     if kind == "model":
         # its author is not the policy's, and the policy's options say nothing of it
         backbone_spec = replace(backbone_spec, path=spec.path, architecture=None, revision=None)
-        backbone_spec = replace(backbone_spec, trust_remote_code=False, merge_adapters=())
+        backbone_spec = replace(
+            backbone_spec,
+            trust_remote_code=False,
+            merge_adapters=(),
+            new_tokens=(),
+            new_special_tokens=(),
+            new_token_noise=None,
+        )
         tuning = LoRA(adapter=spec.adapter) if spec.adapter else Full() if isinstance(tuning, Adapter) else tuning
     try:
         return load_backbone(backbone_spec, tuning, trains=upcasts, **options)

@@ -59,7 +59,10 @@ def find_targets(model: PreTrainedModel, target: str | Sequence[str]) -> Targets
     experts = fused_experts(model)
     if target == "all":
         head = model.get_output_embeddings()
-        return Targets([name for name in linears if model.get_submodule(name) is not head], experts)
+        inner = [name for name in linears if model.get_submodule(name) is not head]
+        if not inner and not experts:
+            raise InputError(f"{WHERE}.target: all finds no linear layer in {type(model).__name__}. Name layers.")
+        return Targets(inner, experts)
     found: set[str] = set()
     for want in [target] if isinstance(target, str) else target:
         matched = [name for name in (*linears, *experts) if matches(want, name)]
@@ -73,7 +76,8 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer that an adapter can go to."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D)
+    is_packed = "qweight" in dict(module.named_buffers(recurse=False))  # GPTQ's and AWQ's layers are no nn.Linear
+    return isinstance(module, nn.Linear | Conv1D) or is_packed
 
 
 def fused_experts(model: nn.Module) -> list[str]:

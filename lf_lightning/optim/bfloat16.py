@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lf_lightning.optim.exact import ExactOptimizer, adam_direction, drawn, local
+from lf_lightning.shards import cut_dim
 
 Rounding = Literal["kahan", "stochastic"]
 
@@ -59,8 +60,19 @@ class Bfloat16AdamW(ExactOptimizer):
             weight.copy_(value)
             local(state["lost"]).copy_(value - weight.float())
         else:
-            rank = parameter.device_mesh.get_local_rank() if isinstance(parameter, DTensor) else 0
-            weight.copy_(rounded_at_random(value, drawn(value.device, self._seeds[parameter], state["step"], rank)))
+            part = _part(parameter)
+            weight.copy_(rounded_at_random(value, drawn(value.device, self._seeds[parameter], state["step"], part)))
+
+
+def _part(parameter: Tensor) -> int:
+    """Number of the part that this rank holds; replicas of a part have the same, and draw the same."""
+    found = 0
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for at in range(mesh.ndim):
+            if cut_dim(parameter, at) is not None:
+                found = found * mesh.size(at) + mesh.get_local_rank(at)
+    return found
 
 
 def rounded_at_random(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -60,6 +60,11 @@ def place_of(stage: Stage, quantization: Quantization | None) -> torch.device | 
     return device if quantization is not None and device.type == "cuda" else None
 
 
+def keeps_bfloat16(stage: Stage) -> bool:
+    """Whether what trains stays bfloat16, since the optimizer knows how to step it."""
+    return stage.optimizer_spec.keeps_bfloat16 and isinstance(stage.tuning, Full)
+
+
 def build_backbone(stage: Stage) -> Backbone:
     """Load the model, extend and check it, shard it where the strategy asks for it, and leave it in train mode.
 
@@ -76,7 +81,7 @@ def build_backbone(stage: Stage) -> Backbone:
         vocab_size=vocab_size,
         seed=stage.seed,
         mesh=reading,
-        keeps_bfloat16=stage.optimizer_spec.keeps_bfloat16 and isinstance(stage.tuning, Full),
+        keeps_bfloat16=keeps_bfloat16(stage),
         device=place_of(stage, stage.backbone_spec.quantization),
         new_rows=new_rows_of(stage),
     )

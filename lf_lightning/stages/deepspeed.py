@@ -68,13 +68,19 @@ def check_stage(stage: Any, strategy: Any, *, verb: str = "fit") -> None:
             "model.init_args.optimizer: must be AdamW under DeepSpeed, which cuts weights in the middle of their rows, "
             f"got {type(stage.optimizer_spec).__name__}. Use AdamW, or fsdp2."
         )
+    if stage.optimizer_spec.is_layerwise:
+        raise InputError(
+            "model.init_args.optimizer.init_args.layerwise: must be false under DeepSpeed, whose engine takes the "
+            "gradients itself, got true. Use one device without it."
+        )
     if (bits := stage.backbone_spec.quantization) is not None:
         raise InputError(f"trainer.strategy: DeepSpeed cannot hold weights in few bits, got {bits}. Use ddp.")
     if stage.backbone_spec.dtype == "float64":
         raise InputError(f"{DTYPE} float64. Use float32, or another strategy.")
     if verb == "predict" and stage.task != "rm":
         check_generates(strategy)
-    reference = vars(stage).get("reference")  # of the stages that have one
+    held = vars(stage).get("held")  # of the stages that have a reference
+    reference = None if held is None else held.spec
     if reference is None or strategy.zero_stage < 3:
         return
     where = "model.init_args.reference"

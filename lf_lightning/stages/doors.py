@@ -103,8 +103,12 @@ def check_sharing(strategy: Any, stage: Any, *, verb: str) -> None:
     if not isinstance(strategy, FSDP2Strategy):
         return
     strategy.check_ranks()
-    if (bits := stage.backbone_spec.quantization) is not None:
-        raise InputError(f"trainer.strategy: fsdp2 cannot cut weights in few bits, got {bits}. Use ddp.")
+    held = vars(stage).get("held")  # of the stages that have a reference
+    for spec in (stage.backbone_spec, None if held is None else held.spec):
+        if spec is not None and spec.quantization is not None:
+            raise InputError(
+                f"trainer.strategy: fsdp2 cannot cut weights in few bits, got {spec.quantization}. Use ddp."
+            )
     where, size, tuning = "trainer.strategy.init_args.tensor_parallel", strategy.tensor_parallel, type(stage.tuning)
     if size == 1:
         return

@@ -12,7 +12,7 @@ from lf_lightning.models import Backbone, Reference, ReferenceSpec, Tuning, load
 from lf_lightning.models.reference import resolved_kind
 from lf_lightning.models.sharding import shard
 from lf_lightning.shards import reading_dim
-from lf_lightning.stages.building import new_rows_of, place_of, sharing_mesh
+from lf_lightning.stages.building import keeps_bfloat16, new_rows_of, place_of, sharing_mesh
 
 if TYPE_CHECKING:
     from lf_lightning.stages.base import Stage
@@ -61,6 +61,7 @@ class HeldReference:
             device=place_of(stage, spec.quantization or stage.backbone_spec.quantization),
             mesh=reading_dim(mesh) if mesh is not None else None,
             new_rows=new_rows_of(stage),
+            keeps_bfloat16=keeps_bfloat16(stage),
         )
 
 

@@ -34,6 +34,11 @@ def check_specs(stage: Stage) -> None:
             f"{INIT}.optimizer.class_path: {name} trains whole weights, got tuning {tuning}. "
             f"Use AdamW, or tuning {' or '.join(spec.tunings)}."
         )
+    if name in ("BAdam", "BAdamRatio") and stage.task in ("rm", "ppo"):
+        raise InputError(
+            f"{INIT}.optimizer.class_path: {name} trains blocks of the model and no value head, got {stage.task}. "
+            "Use AdamW."
+        )
     if name == "LoRAPlus" and isinstance(stage.tuning, Full):
         raise InputError(f"{INIT}.optimizer.class_path: LoRAPlus needs a LoRA, got tuning {tuning}. Use AdamW.")
     if isinstance(spec, AdamW) and spec.weights != "float32":

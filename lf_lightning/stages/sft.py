@@ -22,6 +22,7 @@ from lf_lightning.models import Backbone, GenerationSpec, LoRA, ReferenceSpec, T
 from lf_lightning.optim import AdamW, OptimizerSpec, ScheduleSpec
 from lf_lightning.stages.building import sharing_mesh
 from lf_lightning.stages.causal_lm import CausalLMStage
+from lf_lightning.stages.deepspeed import ZeroStrategy
 from lf_lightning.stages.held_reference import HeldReference
 from lf_lightning.types import BackboneSpec, InputError, TokenBatch
 
@@ -101,15 +102,27 @@ class SFT(CausalLMStage):
         return self.held.companions(self)
 
     def prepare_run(self) -> None:
-        """Bring the reference to the device."""
-        if self.held.model is not None:
-            self.held.model.to(self.device)
+        """Bring the reference to the device.
+
+        Raises:
+            InputError: It predicts over other words than the policy does.
+        """
+        if self.held.model is None:
+            return
+        self.held.model.to(self.device)
+        ours, theirs = self.backbone.vocabulary, self.held.model.backbone.vocabulary
+        if ours != theirs:
+            raise InputError(
+                f"model.init_args.reference.path: must have the {ours} rows of the policy's embedding for asft, which "
+                f"compares all words, got {theirs}. Use a model of the same size of vocabulary."
+            )
 
     def reference_states(self, micro_batch: TokenBatch) -> CountedStates | None:
         """Hidden states of the reference at the answered tokens."""
         if self.held.model is None:
             return None
-        kernel = partial(counted_states, keeps_weights=sharing_mesh(self) is None)
+        stays = sharing_mesh(self) is None and not isinstance(self.trainer.strategy, ZeroStrategy)
+        kernel = partial(counted_states, keeps_weights=stays)
         states: CountedStates = self.held.model.forward(micro_batch, kernel=kernel)
         return states
 

@@ -29,6 +29,7 @@ LAYOUTS = {  # of sizes that give two ranks unequal shares, and one of them a fi
 KINDS = (("Full", False), ("Full", True), ("LoRA", False))
 """Tuning, and whether embedding and output layer are one tensor."""
 INIT: dict[str, dict[str, Any]] = {
+    "SFT": {"loss": "asft", "asft_alpha": 0.5},
     "DPO": {"loss": "sigmoid", "beta": 0.3, "bco_weight": 0.5, "ftx": 0.2},
     "KTO": {"loss": "kto", "beta": 0.3},
     "RM": {"centering": 0.1},
