@@ -78,7 +78,9 @@ class Adapter(Tuning):
         if self.adapter is None:
             return bool(self.modules_to_save) or self.shifts_base
         folder = Path(self.adapter)
-        return (folder / "adapter_config.json").is_file() and _config_of(folder, "adapter").modules_to_save is not None
+        if not (folder / "adapter_config.json").is_file():
+            return False
+        return vars(_config_of(folder, "adapter")).get("modules_to_save") is not None  # not every kind has it
 
     def check_alone(self) -> None:
         """Refuse options that an adapter to continue overrides.
@@ -116,7 +118,7 @@ def continued(model: PreTrainedModel, tuning: Adapter, vocabulary: Sequence[str]
             f"{WHERE}.adapter: must be a {tuning.kind} adapter for {type(tuning).__name__}, got "
             f"{config.peft_type.value} in {folder}. Use the tuning of its kind."
         )
-    kept = config.modules_to_save or ()
+    kept = vars(config).get("modules_to_save") or ()
     left = [name for name in vocabulary if not any(name == each or name.endswith(f".{each}") for each in kept)]
     if left:
         raise InputError(

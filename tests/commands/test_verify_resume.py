@@ -66,7 +66,12 @@ NUDGE = {"trainer__callbacks": ["tests.commands.user_code.Nudge"]}
     ("settings", "steps"),
     [
         pytest.param(config(**SLOW_STEPS, **NUDGE), 4, id="a callback that changes weights", marks=pytest.mark.slow),
-        pytest.param(rolled("PPO", **{f"{INIT}.rewards": [COUNTING]}), 9, id="a reward with hidden state"),
+        pytest.param(
+            rolled("PPO", **{f"{INIT}.rewards": [COUNTING]}),
+            9,
+            id="a reward with hidden state",
+            marks=pytest.mark.slow,  # on a busy machine the one kill may come where nothing is hidden yet
+        ),
     ],
 )
 def test_a_run_that_does_not_is_found_out(
