@@ -14,8 +14,6 @@ from lf_lightning.optim.several import LayerwiseOptimizer
 from lf_lightning.optim.spec import WHERE, OptimizerSpec, adam_rules, check_options
 from lf_lightning.types import InputError
 
-EVERYWHERE = ("auto", "ddp", "fsdp2", "deepspeed")
-
 
 @dataclass(frozen=True)
 class AdamW(OptimizerSpec):
@@ -36,7 +34,7 @@ class AdamW(OptimizerSpec):
             micro-batch a step and `max_grad_norm: null`.
     """
 
-    strategies: ClassVar[tuple[str, ...]] = EVERYWHERE
+    strategies: ClassVar[tuple[str, ...]] = ("auto", "ddp", "fsdp2", "deepspeed")
 
     lr: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
@@ -96,7 +94,7 @@ class LoRAPlus(OptimizerSpec):
         fused: As in AdamW.
     """
 
-    strategies: ClassVar[tuple[str, ...]] = EVERYWHERE
+    strategies: ClassVar[tuple[str, ...]] = ("auto", "ddp", "fsdp2")
 
     lr: float = 5e-5
     ratio: float = 16.0

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lf_lightning.optim.exact import ExactOptimizer, adam_direction, drawn
-from lf_lightning.optim.low_rank import bases_of, low_rank_groups, projected, random_bases, singular_bases
+from lf_lightning.optim.low_rank import (
+    bases_of,
+    low_rank_groups,
+    low_rank_rules,
+    projected,
+    random_bases,
+    singular_bases,
+)
 from lf_lightning.optim.parameters import Trained
 from lf_lightning.optim.several import LayerwiseOptimizer
 from lf_lightning.optim.spec import OptimizerSpec, adam_rules, check_options, targeted
@@ -69,10 +76,7 @@ class APOLLO(OptimizerSpec):
         """
         check_options(
             self,
-            rank=(self.rank > 0, "positive"),
-            interval=(self.interval > 0, "positive"),
-            scale=(self.scale > 0, "positive"),
-            target=(bool(self.target), "all or names of linear layers"),
+            **low_rank_rules(self.rank, self.interval, self.scale, self.target),
             **adam_rules(self.lr, self.betas, self.eps, self.weight_decay),
         )
 

@@ -15,6 +15,7 @@ from lf_lightning.optim.low_rank import (
     Side,
     bases_of,
     low_rank_groups,
+    low_rank_rules,
     low_rank_shape,
     projected,
     projected_back,
@@ -71,10 +72,7 @@ class GaLore(OptimizerSpec):
         """
         check_options(
             self,
-            rank=(self.rank > 0, "positive"),
-            interval=(self.interval > 0, "positive"),
-            scale=(self.scale > 0, "positive"),
-            target=(bool(self.target), "all or names of linear layers"),
+            **low_rank_rules(self.rank, self.interval, self.scale, self.target),
             **adam_rules(self.lr, self.betas, self.eps, self.weight_decay),
         )
         if self.base == "adamw_8bit":

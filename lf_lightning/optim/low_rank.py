@@ -15,6 +15,16 @@ Side = Literal["std", "reverse_std", "left", "right", "full"]
 rows, `right` its columns, `full` both."""
 
 
+def low_rank_rules(rank: int, interval: int, scale: float, target: str | list[str]) -> dict[str, tuple[bool, str]]:
+    """The ranges of what optimizers in a space of low rank share, as `check_options` takes them."""
+    return {
+        "rank": (rank > 0, "positive"),
+        "interval": (interval > 0, "positive"),
+        "scale": (scale > 0, "positive"),
+        "target": (bool(target), "all or names of linear layers"),
+    }
+
+
 def sides(shape: torch.Size, side: Side) -> tuple[bool, bool]:
     """Whether rows and whether columns are projected."""
     is_tall = shape[0] >= shape[1]

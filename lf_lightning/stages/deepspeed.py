@@ -264,20 +264,6 @@ class ZeroStrategy(SavesRows, DeepSpeedStrategy):
 
     # ------------------------------------------------------------------ checkpoints
 
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Whether weights wait for the engine: they go in while they are whole."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning calls `load_optimizer_state_dict`."""
-        return True
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: a stage writes its weights itself, beside this state."""
-        return {}
-
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """This rank's rows of the moments of each parameter, numbered as torch numbers them."""
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -98,25 +98,11 @@ class FSDP2Strategy(SavesRows, ModelParallelStrategy):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: a stage writes its weights itself, beside this state."""
-        return {}
-
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As the optimizer has it: this rank's rows of what is cut."""
         inner: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state: dict[str, Any] = inner.state_dict()
         return state
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Whether weights wait for the optimizer: once the model is built they go in, as everywhere else."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning calls `load_optimizer_state_dict`."""
-        return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give each optimizer this rank's rows, whoever wrote them."""

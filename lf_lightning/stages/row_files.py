@@ -32,3 +32,17 @@ class SavesRows(KeepsErrors):
         self._state_folder = Path(checkpoint_path).parent
         found: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
         return found
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: a stage writes its weights itself, beside this state."""
+        return {}
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether weights wait for the optimizer: they go in once the model is built, as everywhere else."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning calls `load_optimizer_state_dict`."""
+        return True
