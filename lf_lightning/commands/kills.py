@@ -57,6 +57,12 @@ class Kill(NamedTuple):
     torn: str | None  # what is wrong with a checkpoint that calls itself complete
     wrong_begin: str | None  # the killed process began elsewhere than at the newest checkpoint that it found
     found: tuple[Comparison, ...]  # the newest checkpoint against the straight run's of that step
+    is_late: bool = False  # meant for an earlier step, it came in the last one, which leaves nothing to train
+
+    @property
+    def has_hit(self) -> bool:
+        """Whether it came in the phase that was wanted."""
+        return self.hit.phase == self.wanted.phase
 
     @property
     def difference(self) -> str | None:
@@ -89,6 +95,11 @@ def run_straight(line: Line) -> Straight:
     return Straight(tuple(dict.fromkeys(seen)), {name: sum(found) / len(found) for name, found in times.items()})
 
 
+def saves_of(run: Path) -> list[Moment]:
+    """The saves of a run that kept all its checkpoints, those too that were too short to be seen."""
+    return [Moment("save", step) for path in complete_checkpoints(run) if (step := step_of(path))]
+
+
 def run_to_end(line: Line) -> str | None:
     """Continue a run to its end.
 
@@ -106,7 +117,14 @@ def run_to_end(line: Line) -> str | None:
 
 
 def run_with_kills(
-    line: Line, straight: Path, wanted: list[Moment], seen: Straight, draw: random.Random, *, tries: int = 4
+    line: Line,
+    straight: Path,
+    wanted: list[Moment],
+    seen: Straight,
+    draw: random.Random,
+    *,
+    tries: int = 4,
+    again_if_late: bool = False,
 ) -> Iterator[Kill]:
     """Start, kill, look at what is left, start again; a kill that misses its phase is tried again.
 
@@ -118,6 +136,7 @@ def run_with_kills(
         wanted: Phases and steps, in the order of the steps.
         seen: What the run without kills went through.
         draw: Chooses the instants.
+        again_if_late: Whether a kill that leaves nothing to train is tried again, as one that misses is.
         tries: Starts that a wanted kill may take, on average; kills that were still not hit then are left out.
 
     Raises:
@@ -136,8 +155,8 @@ def run_with_kills(
         if was_killed:
             kill = left_by_kill(line.run, straight, queue[0], newest)
             yield kill
-            has_hit = kill.hit.phase == kill.wanted.phase
-            queue, num_missed = (queue[1:], 0) if has_hit else (queue, num_missed + 1)
+            is_done = kill.has_hit and not (again_if_late and kill.is_late)
+            queue, num_missed = (queue[1:], 0) if is_done else (queue, num_missed + 1)
         else:  # it was past that phase before anyone looked
             check_code(code, line.output)
             shutil.rmtree(line.run)
@@ -158,7 +177,9 @@ def left_by_kill(run: Path, straight: Path, wanted: Moment, newest: int) -> Kill
     twin = [straight / "checkpoints" / path.name for path in checkpoints[-1:]]
     found = compare_checkpoints(twin[0], checkpoints[-1]) if twin and not faults else []
     first_fault = faults[0] if faults else None
-    return Kill(wanted, moment_of(run), newest_step(run), first_fault, wrong_begin(run, newest), tuple(found))
+    hit, wrong = moment_of(run), wrong_begin(run, newest)
+    is_late = hit.step >= newest_step(straight) > wanted.step
+    return Kill(wanted, hit, newest_step(run), first_fault, wrong, tuple(found), is_late)
 
 
 def wanted_kills(moments: tuple[Moment, ...], number: int | None, draw: random.Random) -> list[Moment]:

@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from lf_lightning.cli import Gate, build
-from lf_lightning.commands.kills import Kill, Line, run_straight, run_to_end, run_with_kills, started, wanted_kills
-from lf_lightning.commands.phases import Moment
+from lf_lightning.commands.kills import (
+    Kill,
+    Line,
+    run_straight,
+    run_to_end,
+    run_with_kills,
+    saves_of,
+    started,
+    wanted_kills,
+)
+from lf_lightning.commands.phases import PHASES, Moment
 from lf_lightning.commands.run_compare import Comparison, compare_runs
 from lf_lightning.console import say
 from lf_lightning.stages.rollout import RolloutStage
@@ -192,11 +201,12 @@ def verify(line: Line, options: argparse.Namespace) -> list[Row]:
     draw = random.Random(options.seed)
     seen = run_straight(line)
     straight = line.run.rename(line.run.with_name("straight"))  # both runs have the same path while they run
-    wanted = wanted_kills(after_a_checkpoint(seen.moments), options.kills, draw)
+    moments = sorted({*seen.moments, *saves_of(straight)}, key=lambda at: (at.step, PHASES.index(at.phase)))
+    wanted = wanted_kills(after_a_checkpoint(tuple(moments)), options.kills, draw)
     rows: list[Row] = []
     missed = {at.phase for at in wanted}
-    for kill in run_with_kills(line, straight, wanted, seen, draw):
-        missed.discard(kill.hit.phase)
+    for kill in run_with_kills(line, straight, wanted, seen, draw, again_if_late=True):
+        missed -= {kill.hit.phase} if kill.has_hit and not kill.is_late else set()
         rows.append(row_of(str(len(rows) + 1), kill))
         say(f"verify-resume: kill {rows[-1].name} in {rows[-1].hit}: {rows[-1].verdict}")
     if missed:
@@ -208,9 +218,15 @@ def verify(line: Line, options: argparse.Namespace) -> list[Row]:
 
 
 def after_a_checkpoint(moments: tuple[Moment, ...]) -> tuple[Moment, ...]:
-    """The moments that find a complete checkpoint: a kill before would only show that a run can start again."""
+    """The moments between a complete checkpoint and the last step, but for phases that come nowhere else.
+
+    A kill before would only show that a run can start again, one at the end that there is nothing left to do.
+    """
     first = min((at.step for at in moments if at.phase == "save"), default=0)
-    return tuple(at for at in moments if at.step > first + (at.phase == "step"))
+    later = tuple(at for at in moments if at.step > first + (at.phase == "step"))
+    last = max((at.step for at in later), default=0)
+    inside = {at.phase for at in later if at.step < last}
+    return tuple(at for at in later if at.step < last or at.phase not in inside)
 
 
 def row_of(name: str, kill: Kill) -> Row:
