@@ -6,14 +6,17 @@ import fcntl
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+
+from lf_lightning.__main__ import main
 
 PATIENCE = 600.0
 """Seconds that ranks may take on a machine that is busy with other things."""
@@ -72,6 +75,38 @@ def _fork(function: Callable[[], None], rank: int, num_ranks: int, port: int, lo
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def fork_command(arguments: Sequence[str], cwd: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command of lf-lightning in a folder, as a process of its own that need not import anything again.
+
+    Args:
+        arguments: The command and its arguments.
+        cwd: Where it runs.
+        folder: Gets what it says.
+    """
+    said, errors = folder / "command.out", folder / "command.err"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            for number, path in ((1, said), (2, errors)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            os.chdir(cwd)
+            code = main(list(arguments))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        except BaseException:  # noqa: BLE001  # as in `_fork`
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return subprocess.CompletedProcess(list(arguments), code, said.read_text(), errors.read_text())
 
 
 def free_port() -> int:

@@ -3,7 +3,7 @@
 import json
 import resource
 import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.ranks import fork_command
 
 SFT, PT = "configs/sft/quickstart.yaml", "configs/pt/quickstart.yaml"
 SEEDS = (42, 1, 2)
@@ -19,13 +20,8 @@ SEEDS = (42, 1, 2)
 
 def lf_lightning(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user does, from the root of the repository; on one thread, as conftest sets it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lf_lightning", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = fork_command(arguments, ROOT, Path(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
